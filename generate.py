@@ -75,9 +75,9 @@ class Tokenizer:
             folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
         )
         self.settings = read_json(settings) if settings.exists() else {}
-        self.template = (
-            template.read_text(encoding="utf-8") if template.exists() else self.settings.get("chat_template")
-        )
+        self.template = template.read_text("utf-8") if template.exists() else self.settings.get("chat_template")
+        if isinstance(self.template, list):  # several templates by name
+            self.template = {each["name"]: each["template"] for each in self.template}.get("default")
         end = read_json(generation if generation.exists() else folder / "config.json").get("eos_token_id")
         self.stop = end if isinstance(end, list) else [end]
 
@@ -89,21 +89,20 @@ class Tokenizer:
 
     def render(self, text: str) -> str:
         """The user's message through the chat template: a program that comes with the weights, hence the sandbox."""
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def raise_exception(message: str):
-            raise TemplateError(message)
+            raise ValueError(message)
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        specials = {name: self.settings.get(name) for name in ("bos_token", "eos_token")}
+        specials = {name: self.settings[name] for name in ("bos_token", "eos_token") if self.settings.get(name)}
         specials = {name: token["content"] if isinstance(token, dict) else token for name, token in specials.items()}
         messages = [{"role": "user", "content": text}]
         try:
             template = environment.from_string(self.template)
             return template.render(messages=messages, add_generation_prompt=True, **specials)
-        except TemplateError as error:
+        except Exception as error:  # whatever the program does wrong
             raise ValueError(f"the model's chat template fails ({error}); --raw goes without it") from None
 
 
@@ -172,13 +171,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--file", metavar="PATH", help="read the prompt from a file, - for standard input")
     parser.add_argument("--question", help="asked about the prompt, after it")
     parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=GVote.top_p, help="default: %(default)s")
-    parser.add_argument("--samples", type=int, default=GVote.n_samples, help="default: %(default)s")
-    parser.add_argument("--budget", default=GVote.budget, help="per_sample or current_query (default: %(default)s)")
+    parser.add_argument(
+        "--top-p", type=float, default=GVote.top_p, help="share of attention that a sample keeps (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, default=GVote.n_samples, help="sampled queries (default: %(default)s)")
+    parser.add_argument(
+        "--budget", default=GVote.budget, help="per_sample, or current_query as in the paper (default: %(default)s)"
+    )
     parser.add_argument("--no-gvote", action="store_true", help="answer with the full cache only")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples and of the answer (default: %(default)s)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32"
     )
@@ -200,16 +203,19 @@ def main():
 
     if args.prompt is not None and args.file is not None:
         raise ValueError("give a prompt or --file, not both")
-    tokenizer = Tokenizer(checkpoint_folder(args.model))
+    folder = checkpoint_folder(args.model)
+    tokenizer = Tokenizer(folder)
     text = args.prompt if args.file is None else read_text(args.file)
     question = args.question
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
     if not text.strip():
         raise ValueError("the prompt is empty")
-    ids = tokenizer.encode(f"{text}\n\n{question}" if question else text, chat=not args.raw).to(device)
-    model = Llama.from_pretrained(args.model, dtype, device)
-    model(ids[:, :256])  # the first pass is slower than those after it: not the full cache's fault
+    text = f"{text}\n\n{question}" if question else text
+    text.encode()  # a ValueError for arguments that are not UTF-8
+    ids = tokenizer.encode(text, chat=not args.raw).to(device)
+    model = Llama.from_pretrained(folder, dtype, device)
+    model(ids[:, :1024])  # the first pass is slower than those after it: not the full cache's fault
 
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
     print(f"{question}\n\nWith the full cache:" if question else "\nWith the full cache:")
@@ -230,5 +236,5 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit("error: " + " ".join(str(error).split()))

@@ -73,6 +73,8 @@ class LlamaConfig:
             )
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}") from None
+        except TypeError as error:
+            raise ValueError(f"{path} has a value of the wrong type: {error}") from None
 
 
 def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ class KVCache:
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.batch_size, self.max_new_tokens = batch_size, min(max_new_tokens, config.context_length)
         self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
         self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt]
         # how many of the prompt's keys each KV head kept, summed over the batch
@@ -154,8 +156,9 @@ class KVCache:
 
     def store(self, layer: int, keys: Tensor, values: Tensor, keep: Tensor):
         """Keeps a prompt's rotated keys and its values (B, H_kv, T, D) where keep (B, H_kv, T) is True."""
-        if keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
-            raise ValueError(f"keep mask is {keep.dtype} {tuple(keep.shape)}, expected bool {tuple(keys.shape[:3])}")
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
         self.kept[layer] = keep.sum(dim=(0, 2))
         self.layers[layer] = [Rows(*prompt, self.max_new_tokens) for prompt in zip(keys, values, keep, strict=True)]
 
@@ -291,9 +294,9 @@ class Llama(nn.Module):
         with torch.device("meta"):  # shapes only: the weights loaded below become the parameters
             model = cls(LlamaConfig.from_file(folder / "config.json"))
         index = folder / "model.safetensors.index.json"
-        files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
         weights = {}
-        for file in files:
+        for file in sorted(set(files)):
             try:
                 with safe_open(folder / file, framework="pt") as tensors:
                     for name in tensors.keys():
@@ -314,16 +317,17 @@ class Llama(nn.Module):
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a JSON object: {error}") from None
 
 
 def checkpoint_folder(name_or_path: str | Path) -> Path:
     """The folder of a checkpoint: a path stays as it is; hub names (owner/model) and DEFAULT are downloaded once."""
-    if name_or_path == DEFAULT:
-        return default_model()
-    if (folder := Path(name_or_path)).is_dir():
+    folder = default_model() if name_or_path == DEFAULT else Path(name_or_path)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no config.json")
         return folder
     if str(name_or_path).count("/") != 1 or str(name_or_path)[0] in "./~":
         raise FileNotFoundError(f"no folder {name_or_path}: expected a checkpoint folder, owner/model or {DEFAULT}")

@@ -315,8 +315,10 @@ def test_policy_and_cache_must_fit():
         model(ids, cache, GVote())
     with pytest.raises(ValueError, match="batch_size=1"):
         model(random_ids(8, batch_size=2), cache)
-    with pytest.raises(ValueError, match=r"expected bool \(1, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"mask is torch.bool \(1, 2, 7\), expected torch.bool \(1, 2, 8\)"):
         model(ids, KVCache(TINY), lambda attn, hidden, keys, values: torch.ones(1, 2, 7, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask is NoneType, expected torch.bool"):
+        model(ids, KVCache(TINY), lambda attn, hidden, keys, values: None)
     with pytest.raises(ValueError, match=r"\(1, 0\)"):
         model(ids[:, :0])
     with pytest.raises(ValueError, match="8193 tokens exceed the model's context of 8192"):
@@ -404,6 +406,7 @@ def test_broken_checkpoints_are_named(tmp_path):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "config.json lacks 'factor'"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
+        ({"hidden_size": "48", "head_dim": None}, "config.json has a value of the wrong type"),
         ({"intermediate_size": 65}, r"down_proj.weight is \(48, 64\), expected \(48, 65\)"),
         ({"attention_bias": True}, "layers.0.self_attn.k_proj.bias is missing"),
         ({"num_hidden_layers": 1}, "layers.1.*expected no such weight"),
@@ -422,9 +425,11 @@ def test_broken_checkpoints_are_named(tmp_path):
     file.unlink()
     broken("model.safetensors", FileNotFoundError)
     config.write_text(good_config[:50])
-    broken("config.json is not valid JSON")
+    broken("config.json is not a JSON object")
+    config.write_text("[1]")
+    broken("config.json is not a JSON object")
     config.unlink()
-    broken("config.json", FileNotFoundError)
+    broken("is not a checkpoint folder: it has no config.json", FileNotFoundError)
     with pytest.raises(FileNotFoundError, match="no folder /nowhere"):
         Llama.from_pretrained("/nowhere")
 
@@ -523,6 +528,27 @@ def test_generate_settings(llama, tokenizer):
             run(**settings)
 
 
+def test_chat_templates(tokenizer, tmp_path):
+    shutil.copy(checkpoint_folder(DEFAULT) / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
+
+    def rendered(template, **settings):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} | settings))
+        loaded = Tokenizer(tmp_path)
+        assert loaded.stop == [7]
+        return loaded.render("hi")
+
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    assert rendered(template) == "user: hi"
+    assert rendered(template, bos_token={"content": "<s>"}) == "<s>user: hi"
+    assert rendered([{"name": "tools", "template": ""}, {"name": "default", "template": template}]) == "user: hi"
+    for bad in ("{{ 1 / 0 }}", "{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"):
+        with pytest.raises(ValueError, match="chat template fails"):
+            rendered(bad)
+    (tmp_path / "chat_template.jinja").write_text("from a file")
+    assert rendered(template) == "from a file"
+
+
 def test_generation_ends_where_the_context_ends():
     model = tiny_llama()
     model.config = LlamaConfig(**vars(TINY) | {"context_length": 20})
@@ -562,6 +588,7 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
 
 def test_cache_folder_settings(tmp_path, monkeypatch):
     (tmp_path / "gvote" / DEFAULT).mkdir(parents=True)
+    (tmp_path / "gvote" / DEFAULT / "config.json").touch()
     monkeypatch.delenv("GVOTE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert checkpoint_folder(DEFAULT) == tmp_path / "gvote" / DEFAULT
@@ -607,6 +634,7 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path):
         file.truncate(1_000_000)
     for args, message in [
         ([""], "the prompt is empty"),
+        (["\udcff"], "utf-8"),
         (["--file", str(long)], r"\d+ tokens exceed the model's context of 8192"),
         (["--file", str(tmp_path / "none.txt")], "none.txt"),
         (["hi", "--file", str(long)], "a prompt or --file, not both"),
