@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import baselines
 from generate import Tokenizer, generate
 from gvote import GVote, attention, fit_gaussian, gvote, sample_queries, top_p_mask
 from model import DEFAULT, Attention, KVCache, Llama, LlamaConfig, checkpoint_folder
@@ -553,6 +554,96 @@ def test_generation_ends_where_the_context_ends():
     model = tiny_llama()
     model.config = LlamaConfig(**vars(TINY) | {"context_length": 20})
     assert len(list(generate(model, random_ids(15), 100))) == 6  # the last one is never read
+
+
+# ---- the baselines of the notebooks
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_baselines_keep_their_budget(share):
+    policies = [baselines.Random(share), baselines.KeyNorm(share), baselines.StreamingLLM(share), baselines.H2O(share)]
+    policies += [baselines.SnapKV(share, window=8), baselines.ExpectedAttention(share)]
+    for attn, hidden, keys, values in recorded_layers(tiny_llama(), random_ids(300, batch_size=2)):
+        for policy in policies:
+            keep = policy(attn, hidden, keys, values)
+            assert keep.dtype == torch.bool and (keep.sum(dim=-1) == int(300 * share)).all()
+            shared = baselines.AdaKV(policy)(attn, hidden, keys, values)
+            assert (shared.sum(dim=(1, 2)) == int(300 * share) * TINY.n_kv_head).all()
+            assert (shared.sum(dim=-1) >= int(0.2 * int(300 * share))).all()
+    with pytest.raises(ValueError, match="got 0"):
+        baselines.KeyNorm(0)
+
+
+def test_streaming_llm_keeps_sinks_and_newest():
+    layer = recorded_layers(tiny_llama(), random_ids(50))[0]
+    assert baselines.StreamingLLM(0.2)(*layer)[0, 1].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(44, 50)]
+
+
+def test_h2o_keeps_newest_and_heavy_hitters():
+    n_tokens, group = 300, TINY.n_head // TINY.n_kv_head  # more than one chunk
+    for attn, hidden, keys, values in recorded_layers(tiny_llama(), random_ids(n_tokens)):
+        queries = attn.queries(hidden, torch.arange(n_tokens))[0].unflatten(0, (-1, group))
+        scores = queries @ keys[0, :, None].mT / math.sqrt(TINY.head_dim)
+        mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+        accumulated = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).sum(dim=(1, 2))
+        heavy = accumulated[:, :-15].topk(15).indices.sort().values
+        keep = baselines.H2O(0.1)(attn, hidden, keys, values)[0]
+        for head in range(TINY.n_kv_head):
+            assert keep[head].nonzero().flatten().tolist() == heavy[head].tolist() + list(range(285, 300))
+
+
+def test_oracle_knows_the_future():
+    model, ids = tiny_llama(), random_ids(60)
+    layers, longer = recorded_layers(model, ids[:, :50]), recorded_layers(model, ids)
+    oracle = baselines.Oracle([hidden[:, 50:] for _, hidden, _, _ in longer], top_p=0.9)
+    for layer, (attn, hidden, _, _) in zip(layers, longer, strict=True):
+        true_queries = attn.queries(hidden, torch.arange(60))[:, :, 50:]
+        expected = top_p_mask(attention(true_queries, layer[2]), 0.9).any(dim=2)
+        assert torch.equal(oracle(*layer), expected)
+
+
+@pytest.mark.parametrize(
+    "name, policy",
+    [
+        ("KnormPress", baselines.KeyNorm(0.4)),
+        ("StreamingLLMPress", baselines.StreamingLLM(0.4)),
+        ("SnapKVPress", baselines.SnapKV(0.4)),
+        ("ExpectedAttentionPress", baselines.ExpectedAttention(0.4)),
+        ("AdaKVPress SnapKVPress", baselines.AdaKV(baselines.SnapKV(0.4))),
+        ("AdaKVPress ExpectedAttentionPress", baselines.AdaKV(baselines.ExpectedAttention(0.4))),
+    ],
+)
+def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, policy):
+    """On the default model. H2O has no counterpart: kvpress's ObservedAttentionPress averages, without a recent half."""
+    kvpress = pytest.importorskip("kvpress")
+    from pydoc_data.topics import topics
+
+    from transformers import DynamicCache, LlamaForCausalLM
+
+    n_tokens = 512
+    *wrappers, press = name.split()
+    press = getattr(kvpress, press)(compression_ratio=0.6)
+    for wrapper in wrappers:
+        press = getattr(kvpress, wrapper)(press)
+    theirs = LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
+    cache = DynamicCache()
+    with torch.no_grad(), press(theirs):
+        theirs(tokenizer.encode(topics["import"], chat=False)[:, :n_tokens], past_key_values=cache)
+
+    different = 0
+    for attn, hidden, keys, values in real_layers:
+        hidden, keys, values = hidden[:, :n_tokens], keys[:, :, :n_tokens], values[:, :, :n_tokens]
+        keep = policy(attn, hidden, keys, values)
+        expected = torch.ones_like(keep)
+        module = theirs.model.layers[attn.layer].self_attn
+        if wrappers:  # kvpress only masks where heads differ
+            expected[module.masked_key_indices] = False
+        else:
+            positions = torch.cdist(cache.layers[attn.layer].keys[0], keys[0]).argmin(dim=-1)
+            expected = torch.zeros_like(keep).scatter_(-1, positions[None], True)
+        assert torch.equal(keep.sum(dim=(1, 2)), expected.sum(dim=(1, 2)))
+        different += (keep != expected).sum().item()
+    assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
 
 
 # ---- the default model's download
