@@ -614,7 +614,7 @@ def test_oracle_knows_the_future():
     ],
 )
 def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, policy):
-    """On the default model. H2O has no counterpart: kvpress's ObservedAttentionPress averages, without a recent half."""
+    """On the default model. H2O has no counterpart: ObservedAttentionPress averages, and has no recent half."""
     kvpress = pytest.importorskip("kvpress")
     from pydoc_data.topics import topics
 
