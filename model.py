@@ -131,8 +131,8 @@ class Rows:
         self.keys[start:end] = keys.transpose(0, 1).flatten(0, 1)  # token by token
         self.values[start:end] = values.transpose(0, 1).flatten(0, 1)
 
-        # One product over all rows, with those of other heads and of the future masked. That wastes arithmetic, but a
-        # single token's attention is limited by the reading of the rows, and each is read once.
+        # One product over all rows, with those of other heads and of the future masked: H_kv times the arithmetic, but
+        # each row is read once, and nothing is padded or looped over.
         now = torch.arange(position, position + n_tokens, device=keys.device)
         visible = (self.owner == self.heads[:, None])[:, None] & (self.position <= now[:, None])  # (H_kv, T, R)
         queries = queries.unflatten(0, (n_heads, -1)) / math.sqrt(head_dim)  # (H_kv, G, T, D)
