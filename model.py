@@ -159,7 +159,7 @@ class KVCache:
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
-        self.kept[layer] = keep.sum(dim=(0, 2))
+        self.kept[layer] = keep.sum(dim=(0, 2)).cpu()
         self.layers[layer] = [Rows(*prompt, self.max_new_tokens) for prompt in zip(keys, values, keep, strict=True)]
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
