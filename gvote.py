@@ -56,9 +56,7 @@ def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, p
 
 def attention(queries: Tensor, keys: Tensor) -> Tensor:
     """softmax(q K^T / sqrt(D)), float32, of queries (B, H, S, D) over all keys (B, H_kv, T, D): (B, H_kv, G * S, T)."""
-    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(
-        2, 3
-    )  # (B, H_kv, G * S, D): heads that share keys, together
+    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(2, 3)  # (B, H_kv, G * S, D)
     return (queries.float() @ keys.float().mT / math.sqrt(keys.size(-1))).softmax(dim=-1)
 
 

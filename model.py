@@ -140,6 +140,10 @@ class Rows:
         probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         return (probs @ self.values).flatten(0, 1)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in vars(self).values() if isinstance(x, Tensor))
+
 
 class KVCache:
     """The keys and values of B prompts of one length, in every layer; a head holds only those its policy kept.
@@ -170,8 +174,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, rows still empty and bookkeeping included."""
-        tensors = [t for layer in self.layers for rows in layer for t in vars(rows).values() if isinstance(t, Tensor)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(rows.nbytes for layer in self.layers for rows in layer)
 
     @property
     def usage(self) -> float:
@@ -212,8 +215,8 @@ class Attention(nn.Module):
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if cache is not None:
-                all_keys = torch.ones_like(k[..., 0], dtype=torch.bool)
-                cache.store(self.layer, k, v, all_keys if policy is None else policy(self, hidden, k, v))
+                keep = torch.ones_like(k[..., 0], dtype=torch.bool) if policy is None else policy(self, hidden, k, v)
+                cache.store(self.layer, k, v, keep)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 

@@ -22,6 +22,7 @@ import baselines
 from generate import Tokenizer, generate
 from gvote import GVote, attention, fit_gaussian, gvote, sample_queries, top_p_mask
 from model import DEFAULT, Attention, KVCache, Llama, LlamaConfig, checkpoint_folder
+from plots import record
 
 TINY = LlamaConfig(vocab_size=128, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, n_hidden=64, head_dim=8)
 
@@ -36,18 +37,6 @@ def tiny_llama(seed: int = 0) -> Llama:
 
 def random_ids(n_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(TINY.vocab_size, (batch_size, n_tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def recorded_layers(model: Llama, ids: torch.Tensor) -> list[tuple]:
-    """What a policy is given in each layer: (attn, hidden, keys, values)."""
-    layers = []
-
-    def record(attn, hidden, keys, values):
-        layers.append((attn, hidden, keys, values))
-        return torch.ones(keys.shape[:3], dtype=torch.bool)
-
-    model(ids, KVCache(model.config, len(ids)), record)
-    return layers
 
 
 def uneven(attn, hidden, keys, values):
@@ -71,7 +60,7 @@ def tokenizer() -> Tokenizer:
 def real_layers(llama, tokenizer) -> list[tuple]:
     from pydoc_data.topics import topics
 
-    return recorded_layers(llama, tokenizer.encode(topics["import"], chat=False)[:, :1536])
+    return record(llama, tokenizer.encode(topics["import"], chat=False)[:, :1536])
 
 
 # ---- the steps of GVote
@@ -156,7 +145,7 @@ def test_sampled_queries_are_the_layers_own_queries():
 
 @pytest.mark.parametrize("budget", ["per_sample", "current_query"])
 def test_gvote_is_the_union_over_samples_and_group(budget):
-    for attn, hidden, keys, _ in recorded_layers(tiny_llama(), random_ids(40, batch_size=2)):
+    for attn, hidden, keys, _ in record(tiny_llama(), random_ids(40, batch_size=2)):
         keep = gvote(attn, hidden, keys, 0.8, 5, seed=3, budget=budget)
         queries = sample_queries(attn, *fit_gaussian(hidden), 5, 40, seed=3)
         last = attn.queries(hidden[:, -1:], torch.tensor([39]))
@@ -190,7 +179,7 @@ def test_attention_groups_query_heads_that_share_keys():
 
 @pytest.mark.parametrize("budget", ["per_sample", "current_query"])
 def test_same_seed_same_mask_and_top_p_1_keeps_all(budget):
-    for attn, hidden, keys, values in recorded_layers(tiny_llama(), random_ids(60, batch_size=2)):
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(60, batch_size=2)):
         policy = GVote(top_p=0.7, budget=budget)
         keep = policy(attn, hidden, keys, values)
         assert torch.equal(policy(attn, hidden, keys, values), keep)
@@ -563,7 +552,7 @@ def test_generation_ends_where_the_context_ends():
 def test_baselines_keep_their_budget(share):
     policies = [baselines.Random(share), baselines.KeyNorm(share), baselines.StreamingLLM(share), baselines.H2O(share)]
     policies += [baselines.SnapKV(share, window=8), baselines.ExpectedAttention(share)]
-    for attn, hidden, keys, values in recorded_layers(tiny_llama(), random_ids(300, batch_size=2)):
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(300, batch_size=2)):
         for policy in policies:
             keep = policy(attn, hidden, keys, values)
             assert keep.dtype == torch.bool and (keep.sum(dim=-1) == int(300 * share)).all()
@@ -575,13 +564,13 @@ def test_baselines_keep_their_budget(share):
 
 
 def test_streaming_llm_keeps_sinks_and_newest():
-    layer = recorded_layers(tiny_llama(), random_ids(50))[0]
+    layer = record(tiny_llama(), random_ids(50))[0]
     assert baselines.StreamingLLM(0.2)(*layer)[0, 1].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(44, 50)]
 
 
 def test_h2o_keeps_newest_and_heavy_hitters():
     n_tokens, group = 300, TINY.n_head // TINY.n_kv_head  # more than one chunk
-    for attn, hidden, keys, values in recorded_layers(tiny_llama(), random_ids(n_tokens)):
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(n_tokens)):
         queries = attn.queries(hidden, torch.arange(n_tokens))[0].unflatten(0, (-1, group))
         scores = queries @ keys[0, :, None].mT / math.sqrt(TINY.head_dim)
         mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
@@ -594,7 +583,7 @@ def test_h2o_keeps_newest_and_heavy_hitters():
 
 def test_oracle_knows_the_future():
     model, ids = tiny_llama(), random_ids(60)
-    layers, longer = recorded_layers(model, ids[:, :50]), recorded_layers(model, ids)
+    layers, longer = record(model, ids[:, :50]), record(model, ids)
     oracle = baselines.Oracle([hidden[:, 50:] for _, hidden, _, _ in longer], top_p=0.9)
     for layer, (attn, hidden, _, _) in zip(layers, longer, strict=True):
         true_queries = attn.queries(hidden, torch.arange(60))[:, :, 50:]

@@ -41,11 +41,14 @@ class FixedBudget:
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
 
+    def n_keep(self, keys: Tensor) -> int:
+        return int(self.share * keys.size(2))
+
     def scores(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return keep_best(self.scores(attn, hidden, keys, values), int(self.share * keys.size(2)))
+        return keep_best(self.scores(attn, hidden, keys, values), self.n_keep(keys))
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class H2O(FixedBudget):
         n_tokens, chunk = keys.size(2), 256  # a few rows of the T x T attention at a time
         parts = (observed_attention(attn, hidden, keys, i, min(i + chunk, n_tokens)) for i in range(0, n_tokens, chunk))
         total = sum(part.sum(dim=(2, 3)) for part in parts)
-        total[:, :, n_tokens - int(self.share * n_tokens) // 2 :] = math.inf
+        total[:, :, n_tokens - self.n_keep(keys) // 2 :] = math.inf
         return total
 
 
@@ -141,7 +144,7 @@ class AdaKV:
     floor: float = 0.2
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        n_keep = int(self.policy.share * keys.size(2))
+        n_keep = self.policy.n_keep(keys)
         scores = self.policy.scores(attn, hidden, keys, values)
         safe = keep_best(scores, max(1, int(self.floor * n_keep)))
         scores = scores.masked_fill(safe, math.inf).flatten(1)  # (B, H_kv * T)

@@ -32,12 +32,12 @@ def save(figure, name: str):
 
 
 def record(model: Llama, ids: Tensor) -> list[tuple]:
-    """Reads a prompt ids (1, T) and returns (attn, hidden, keys, values) of each layer: what a policy is given."""
+    """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is given."""
     layers = []
 
     def keep_all(attn, hidden, keys, values):
         layers.append((attn, hidden, keys, values))
         return torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
 
-    model(ids, KVCache(model.config), keep_all)
+    model(ids, KVCache(model.config, len(ids)), keep_all)
     return layers
