@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A policy decides which keys a layer keeps once it has read the prompt: keep = policy(attn, hidden, keys, values)
@@ -135,3 +136,36 @@ class GVote:
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return gvote(attn, hidden, keys, self.top_p, self.n_samples, self.seed, self.budget)
+
+
+@dataclass(frozen=True)
+class PeakVotes:
+    """A variant of ours, not the paper's: real hidden states vote, and the strongest vote for a key counts.
+
+    1. The voters: 256 hidden states drawn from the prompt, among them rare ones that no Gaussian would draw, as queries
+       at the next position; and the newest 32 as they were, for what comes next depends on them most.
+    2. A key's score is the largest share of attention any voter gives it, nudged by the mean share; averaged over 5
+       neighbouring keys, so that a passage stays whole (as in SnapKV).
+    3. One nucleus from the scores of all heads of a layer: heads that look at more may keep more.
+
+    Its gain, and on what it was measured: notebooks/4_experiments.ipynb.
+    """
+
+    top_p: float = 0.95
+    n_samples: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        check(self.top_p, self.n_samples, self.seed)
+
+    def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        n_tokens = hidden.size(1)
+        generator = torch.Generator().manual_seed((1000 * self.seed + attn.layer) % 2**32)
+        drawn = torch.randint(n_tokens, (self.n_samples,), generator=generator)
+        newest = torch.arange(max(0, n_tokens - 32), n_tokens)
+        positions = torch.cat((torch.full_like(drawn, n_tokens), newest)).to(hidden.device)
+        queries = attn.queries(hidden[:, torch.cat((drawn, newest)).to(hidden.device)], positions)
+        votes = attention(queries, keys)  # (B, H_kv, G * (S + 32), T)
+        scores = votes.amax(dim=2) ** 0.9 * votes.mean(dim=2) ** 0.1
+        scores = F.avg_pool1d(scores, 5, stride=1, padding=2, count_include_pad=False).flatten(1)  # (B, H_kv * T)
+        return top_p_mask(scores / scores.sum(dim=-1, keepdim=True), self.top_p).view(keys.shape[:3])

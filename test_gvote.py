@@ -20,8 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import baselines
 import benchmarks
+import tasks
 from generate import Tokenizer, generate
-from gvote import GVote, attention, fit_gaussian, gvote, sample_queries, top_p_mask
+from gvote import GVote, PeakVotes, attention, fit_gaussian, gvote, sample_queries, top_p_mask
 from model import DEFAULT, Attention, KVCache, Llama, LlamaConfig, checkpoint_folder
 from plots import record
 
@@ -207,6 +208,30 @@ def test_invalid_settings_are_named(settings):
 def test_shapes_that_do_not_fit_are_named(hidden, keys):
     with pytest.raises(ValueError, match=re.escape(f"{hidden} and {keys}")):
         gvote(Spy(), torch.zeros(hidden), torch.zeros(keys))
+
+
+def test_peak_votes_step_by_step():
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(40, batch_size=2)):
+        policy = PeakVotes(top_p=0.6, n_samples=7, seed=3)
+        keep = policy(attn, hidden, keys, values)
+        drawn = torch.randint(40, (7,), generator=torch.Generator().manual_seed(3000 + attn.layer)).tolist()
+        voters = [(token, 40) for token in drawn] + [(token, token) for token in range(8, 40)]
+        queries = torch.cat([attn.queries(hidden[:, t : t + 1], torch.tensor([at])) for t, at in voters], dim=2)
+        group = TINY.n_head // TINY.n_kv_head
+        for b in range(2):
+            scores = []
+            for kv_head in range(TINY.n_kv_head):
+                votes = queries[b, kv_head * group : (kv_head + 1) * group].flatten(0, 1) @ keys[b, kv_head].T
+                votes = (votes / math.sqrt(TINY.head_dim)).softmax(dim=-1)  # (voters of the group, T)
+                score = [max(column) ** 0.9 * (sum(column) / len(column)) ** 0.1 for column in votes.T.tolist()]
+                near = [score[max(0, i - 2) : i + 3] for i in range(40)]
+                scores += [sum(window) / len(window) for window in near]
+            expected = slow_nucleus([score / sum(scores) for score in scores], 0.6)  # over all heads of the layer
+            assert keep[b].flatten().tolist() == expected
+        assert torch.equal(policy(attn, hidden[1:], keys[1:], values[1:]), keep[1:])  # alone as in a batch
+        assert PeakVotes(top_p=1)(attn, hidden, keys, values).all()
+    with pytest.raises(ValueError, match="got 0"):
+        PeakVotes(n_samples=0)
 
 
 # ---- the KV cache
@@ -634,6 +659,55 @@ def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, 
         assert torch.equal(keep.sum(dim=(1, 2)), expected.sum(dim=(1, 2)))
         different += (keep != expected).sum().item()
     assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
+
+
+# ---- the tasks of the notebooks
+
+
+@pytest.mark.parametrize("make", [tasks.needle, tasks.needles, tasks.pattern, tasks.table, tasks.variables])
+def test_tasks_can_be_answered_and_repeated(make):
+    for seed in range(20):
+        context, question, answer = make(seed)
+        assert make(seed) == (context, question, answer) != make(seed + 1)
+        words = re.findall(r"\w+", answer)
+        assert words and all(word in context + question for word in words if word not in ("The", "is", "by"))
+        assert answer not in question
+
+
+def test_more_needles_differ_from_each_other():
+    for seed in range(20):
+        found = re.findall(r"The special magic number for (\w+) is (\d{7})\.", tasks.needles(seed)[0])
+        assert len(found) == len(dict(found)) == len({digits for _, digits in found}) == 4
+
+
+@pytest.mark.parametrize("question_after", [True, False])
+def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
+    context, question, answer = tasks.needle(0)
+    task = tasks.recall(llama, tokenizer, (context, question, answer), question_after)
+    n_context, n_question, n_answer = (tokenizer.encode(t, chat=False).size(1) for t in (context, question, answer))
+    assert task.n_prompt == n_context + (0 if question_after else n_question)
+    assert task.n_scored == n_answer - (0 if question_after else 1)  # the prompt itself predicts the first token
+    full = task.test(lambda attn, hidden, keys, values: torch.ones(keys.shape[:3], dtype=torch.bool))
+    assert task.solved and full["kept"] == full["exact"] == full["agree"] == 1 and abs(full["kl"]) < 1e-6
+    torch.testing.assert_close(full["held"], torch.ones(30, 3))
+
+    digits = torch.tensor([tokenizer.tokenizer.decode([i]).isdigit() for i in tokenizer.encode(context, chat=False)[0]])
+
+    def forget_digits(attn, hidden, keys, values):
+        return ~F.pad(digits, (0, keys.size(2) - len(digits))).expand(keys.shape[:3])
+
+    blind = task.test(forget_digits)
+    assert blind["exact"] == 0 and blind["kl"] > 1 and 0.9 < blind["kept"] < 1 and (blind["held"] < 1).any()
+
+
+def test_continuation_is_cut_where_it_says(llama, tokenizer):
+    task = tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=96, n_next=20)
+    ids = torch.cat((tokenizer.encode(tasks.prose()["import"], chat=False)[:, :96], task.after), dim=1)
+    expected = llama(ids[:, :-1], all_logits=True)[0, 96:].log_softmax(dim=-1)
+    torch.testing.assert_close(task.full, expected, rtol=0, atol=1e-3)
+    assert task.test(baselines.Random(0.3))["kl"] > task.test(baselines.H2O(0.6))["kl"] > 0
+    with pytest.raises(ValueError, match="has [0-9]+ tokens, 9096 are needed"):
+        tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=9000, n_next=96)
 
 
 # ---- the paper's benchmarks

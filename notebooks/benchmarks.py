@@ -32,11 +32,12 @@ from tqdm import tqdm
 
 from baselines import H2O, AdaKV, ExpectedAttention, KeyNorm, Random, SnapKV, StreamingLLM
 from generate import Tokenizer, generate
-from gvote import GVote, Policy
+from gvote import GVote, PeakVotes, Policy
 from model import DEFAULT, KVCache, Llama, checkpoint_folder, read_json
 
 METHODS = {  # of the level: top_p for GVote, the share of keys to keep for the others
     "gvote": GVote,
+    "peak_votes": PeakVotes,
     "gvote_current_query": lambda top_p: GVote(top_p, budget="current_query"),
     "h2o": H2O,
     "expected_attention": ExpectedAttention,
