@@ -204,7 +204,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; for one row in float32 on a CPU as two products: BLAS does these at the memory's speed, not at half."""
     if x.numel() != weight.size(1) or x.dtype != torch.float32 or x.device.type != "cpu" or weight.size(0) % 2:
         return F.linear(x, weight, bias)
-    y = torch.bmm(weight.unflatten(0, (2, -1)), x.reshape(-1, 1).expand(2, -1, 1)).view(*x.shape[:-1], -1)
+    column = x.reshape(1, -1).T  # with these strides: reshape(-1, 1) holds the same and takes 3 times as long
+    y = torch.bmm(weight.unflatten(0, (2, -1)), column.expand(2, -1, -1)).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
