@@ -34,11 +34,13 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     cache: KVCache | None = None,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Yields the tokens that follow the prompt ids (1, T), as they come; greedy unless temperature > 0.
 
     Ends after max_new_tokens, after a token in `stop` (which is yielded too), or when the model's context is full.
     policy compresses the prompt's cache. A new cache is made unless one is given, to look at it afterwards.
+    compile=True reads all tokens but the prompt through torch.compile: see `decode_step` in model.py.
     Raises ValueError for invalid settings, an empty prompt, or one that exceeds the context.
     """
     if max_new_tokens < 1:
@@ -48,16 +50,17 @@ def generate(
     cache = cache or KVCache(model.config, max_new_tokens=max_new_tokens)
     generator = torch.Generator().manual_seed(seed % 2**32)
     for _ in range(max_new_tokens):
-        logits = model(ids, cache, policy)[0, -1]
+        logits = model(ids, cache, policy, compile=compile)[0, -1]
         if temperature == 0:
-            token = logits.argmax().item()
+            ids = logits.argmax()[None, None]
         else:
             probs = (logits.float() / temperature).softmax(dim=-1).cpu()
-            token = torch.multinomial(probs, 1, generator=generator).item()
+            ids = torch.multinomial(probs, 1, generator=generator)[None].to(ids.device)
+        policy = None  # the prompt is read and compressed
+        token = ids.item()
         yield token
         if token in stop or cache.length == model.config.context_length:
             return
-        ids, policy = torch.tensor([[token]], device=ids.device), None  # the prompt is read and compressed
 
 
 class Tokenizer:
@@ -135,7 +138,8 @@ def answer(model: Llama, tokenizer: Tokenizer, ids: Tensor, policy: Policy | Non
     """Streams one answer; returns the cache it used and its row of figures."""
     cache, policy = KVCache(model.config, max_new_tokens=args.max_new_tokens), policy and Timed(policy)
     tokens, shown, times = [], "", [now(ids.device)]
-    for token in generate(model, ids, args.max_new_tokens, policy, args.temperature, args.seed, tokenizer.stop, cache):
+    settings = (policy, args.temperature, args.seed, tokenizer.stop, cache, args.compile)
+    for token in generate(model, ids, args.max_new_tokens, *settings):
         times.append(time.perf_counter())
         tokens.append(token)
         text = tokenizer.tokenizer.decode(tokens)
@@ -186,6 +190,7 @@ def parse_args() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32"
     )
     parser.add_argument("--device", help="default: cuda or mps where there is one, else cpu")
+    parser.add_argument("--compile", action="store_true", help="faster tokens, after a minute or two for torch.compile")
     parser.add_argument("--raw", action="store_true", help="do not use the model's chat template")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")  # one line, not the usage
     return parser.parse_args()
@@ -215,7 +220,9 @@ def main():
     text.encode()  # a ValueError for arguments that are not UTF-8
     ids = tokenizer.encode(text, chat=not args.raw).to(device)
     model = Llama.from_pretrained(folder, dtype, device)
-    model(ids[:, :1024])  # the first pass is slower than those after it: not the full cache's fault
+    # the first pass is slower than those after it, compiled or not: that is not the full cache's fault
+    for _ in generate(model, ids[:, :1024], 3, compile=args.compile):
+        pass
 
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
     print(f"{question}\n\nWith the full cache:" if question else "\nWith the full cache:")

@@ -7,8 +7,10 @@ Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv =
 by a group of G = H / H_kv query heads; D = head_dim; R rows of a cache table; V = vocab_size.
 """
 
+import functools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,33 +112,33 @@ class Rows:
         self.keys, self.values = keys[keep], values[keep]  # (R, D), head by head
         self.owner, self.position = (index.int() for index in keep.nonzero(as_tuple=True))  # (R,)
         self.heads = torch.arange(keys.size(0), device=keys.device, dtype=torch.int)
-        self.n_kept, self.n_prompt, self.room = len(self.owner), keep.size(1), room
-        self.grow(keep.size(1), room)
+        self.end = keep.size(1)  # the first position without rows
+        self.grow(self.end + room)
 
-    def grow(self, position: int, n_tokens: int):
-        """Allocates a row for each KV head of each of the n_tokens tokens from `position` on."""
-        positions = torch.arange(position, position + n_tokens, device=self.heads.device, dtype=torch.int)
+    def grow(self, end: int):
+        """Allocates a row for each KV head of each token before position `end`."""
+        n_tokens = max(0, end - self.end)
+        positions = torch.arange(self.end, self.end + n_tokens, device=self.heads.device, dtype=torch.int)
         empty = self.keys.new_zeros(n_tokens * len(self.heads), self.keys.size(1))
         self.keys, self.values = torch.cat((self.keys, empty)), torch.cat((self.values, empty))
         self.owner = torch.cat((self.owner, self.heads.repeat(n_tokens)))
         self.position = torch.cat((self.position, positions.repeat_interleave(len(self.heads))))
+        self.end += n_tokens
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, position: int) -> Tensor:
-        """Adds keys and values (H_kv, T, D) of the tokens from `position` on; their queries (H, T, D) attend to all."""
-        n_heads, n_tokens, head_dim = keys.shape
-        start = self.n_kept + (position - self.n_prompt) * n_heads
-        end = start + n_tokens * n_heads
-        if end > len(self.keys):
-            self.grow(position + (len(self.keys) - start) // n_heads, max(n_tokens, self.room))
-        self.keys[start:end] = keys.transpose(0, 1).flatten(0, 1)  # token by token
-        self.values[start:end] = values.transpose(0, 1).flatten(0, 1)
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Adds the keys and values (H_kv, T, D) of tokens at positions (T,); their queries (H, T, D) attend to all.
+
+        rows (T * H_kv,) is where they go, token by token, and counted from the table's end: so it is the same in every
+        table, and a tensor, because a number would be compiled into the decode step.
+        """
+        self.keys[rows] = keys.transpose(0, 1).flatten(0, 1)
+        self.values[rows] = values.transpose(0, 1).flatten(0, 1)
 
         # One product over all rows, with those of other heads and of the future masked: H_kv times the arithmetic, but
         # each row is read once, and nothing is padded or looped over.
-        now = torch.arange(position, position + n_tokens, device=keys.device)
-        visible = (self.owner == self.heads[:, None])[:, None] & (self.position <= now[:, None])  # (H_kv, T, R)
-        queries = queries.unflatten(0, (n_heads, -1)) / math.sqrt(head_dim)  # (H_kv, G, T, D)
-        scores = (queries @ self.keys.T).masked_fill(~visible[:, None], -math.inf)
+        hidden = (self.owner != self.heads[:, None])[:, None] | (self.position > positions[:, None])  # (H_kv, T, R)
+        queries = queries.unflatten(0, (len(keys), -1)) / math.sqrt(keys.size(-1))  # (H_kv, G, T, D)
+        scores = (queries @ self.keys.T).masked_fill_(hidden[:, None], -math.inf)
         probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         return (probs @ self.values).flatten(0, 1)
 
@@ -163,13 +165,24 @@ class KVCache:
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
+        self.end = keep.size(2) + self.max_new_tokens
         self.kept[layer] = keep.sum(dim=(0, 2)).cpu()
         self.layers[layer] = [Rows(*prompt, self.max_new_tokens) for prompt in zip(keys, values, keep, strict=True)]
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def rows(self, positions: Tensor) -> Tensor:
+        """The rows (T * H_kv,) of the tokens at positions (T,), counted from the end of every table; makes room."""
+        if self.length + len(positions) > self.end:
+            self.end = self.length + max(len(positions), self.max_new_tokens)
+            for tables in self.layers:
+                for table in tables:
+                    table.grow(self.end)
+        heads = torch.arange(self.kept.size(1), device=positions.device)
+        return ((positions[:, None] - self.end) * len(heads) + heads).flatten()
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> Tensor:
         """Adds new tokens' keys and values (B, H_kv, T, D), then lets their queries (B, H, T, D) attend."""
-        batch = zip(self.layers[layer], queries, keys, values, strict=True)
-        return torch.stack([rows.attend(q, k, v, self.length) for rows, q, k, v in batch])
+        batch = zip(self.layers[layer], queries, keys, values)  # noqa: B905 (torch.compile knows no strict=True)
+        return torch.stack([table.attend(q, k, v, *where) for table, q, k, v in batch])
 
     @property
     def nbytes(self) -> int:
@@ -187,6 +200,20 @@ class KVCache:
         return rows.position[(rows.owner == kv_head) & (rows.position < self.prompt_length)].cpu()
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; for one row in float32 on a CPU as two products: BLAS does these at the memory's speed, not at half."""
+    if x.numel() != weight.size(1) or x.dtype != torch.float32 or x.device.type != "cpu" or weight.size(0) % 2:
+        return F.linear(x, weight, bias)
+    column = x.reshape(1, -1).T  # with these strides: reshape(-1, 1) holds the same and takes 3 times as long
+    y = torch.bmm(weight.unflatten(0, (2, -1)), column.expand(2, -1, -1)).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023): G query heads share one key/value head."""
 
@@ -194,10 +221,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         n_q, n_kv, bias = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.n_embd, n_q, bias=bias)
-        self.k_proj = nn.Linear(config.n_embd, n_kv, bias=bias)
-        self.v_proj = nn.Linear(config.n_embd, n_kv, bias=bias)
-        self.o_proj = nn.Linear(n_q, config.n_embd, bias=bias)
+        self.q_proj = Linear(config.n_embd, n_q, bias=bias)
+        self.k_proj = Linear(config.n_embd, n_kv, bias=bias)
+        self.v_proj = Linear(config.n_embd, n_kv, bias=bias)
+        self.o_proj = Linear(n_q, config.n_embd, bias=bias)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, T, heads * D) -> (B, heads, T, D)
@@ -206,12 +233,12 @@ class Attention(nn.Module):
         """This layer's queries (B, H, N, D) for any hidden states (B, N, C), rotated to positions (N,)."""
         return rotate(self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype))), *rope(positions, self.config))
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, policy) -> Tensor:
-        q = rotate(self.heads(self.q_proj(hidden)), cos, sin)  # (B, H, T, D)
-        k = rotate(self.heads(self.k_proj(hidden)), cos, sin)  # (B, H_kv, T, D)
+    def forward(self, hidden: Tensor, rotation, where, cache: KVCache | None, policy) -> Tensor:
+        q = rotate(self.heads(self.q_proj(hidden)), *rotation)  # (B, H, T, D)
+        k = rotate(self.heads(self.k_proj(hidden)), *rotation)  # (B, H_kv, T, D)
         v = self.heads(self.v_proj(hidden))
-        if cache is not None and cache.length > 0:
-            y = cache.attend(self.layer, q, k, v)
+        if where is not None:
+            y = cache.attend(self.layer, q, k, v, *where)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if cache is not None:
@@ -225,9 +252,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -254,15 +281,18 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.requires_grad_(False)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, policy=None, all_logits: bool = False) -> Tensor:
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, policy=None, all_logits: bool = False, compile: bool = False
+    ) -> Tensor:
         """Logits after the last token of ids (B, T), as (B, 1, V); with all_logits after every token, (B, T, V).
 
         With a cache, ids continue at position cache.length and join it. With a policy (see `Policy` in gvote.py) the
         cache must be new and ids are the prompt: each layer keeps only what the policy selects, right after its own
         attention, so at no time do two layers hold all their keys. The prompt's own logits do not depend on the policy.
+        compile=True runs single tokens that follow a prompt through `decode_step`.
         Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
         start = 0 if cache is None else cache.length
@@ -274,15 +304,23 @@ class Llama(nn.Module):
             raise ValueError(f"{ids.size(0)} prompts do not fit a cache with batch_size={cache.batch_size}")
         if policy is not None and (cache is None or start > 0):
             raise ValueError("a policy compresses the prompt in a new cache: pass it with the prompt and a new KVCache")
-        cos, sin = rope(torch.arange(start, start + ids.size(1), device=ids.device), self.config)
-        x = self.embed_tokens(ids)  # (B, T, C)
-        for block in self.layers:
-            x = block(x, cos, sin, cache, policy)
+        positions = torch.arange(start, start + ids.size(1), device=ids.device)
+        rows = cache.rows(positions) if start > 0 else None
+        run = decode_step(ids.device.type, cache) if compile and start > 0 and ids.size(1) == 1 else Llama.run
+        logits = run(self, ids, positions, rows, cache, policy, all_logits)
         if cache is not None:
             cache.length += ids.size(1)
             cache.prompt_length = cache.prompt_length or cache.length
+        return logits
+
+    def run(self, ids: Tensor, positions: Tensor, rows: Tensor | None, cache, policy, all_logits: bool) -> Tensor:
+        """`forward` without its checks and counts; rows: where a cache that holds a prompt puts these tokens."""
+        rotation, where = rope(positions, self.config), None if rows is None else (positions, rows)
+        x = self.embed_tokens(ids)  # (B, T, C)
+        for block in self.layers:
+            x = block(x, rotation, where, cache, policy)
         x = self.norm(x if all_logits else x[:, -1:])
-        return F.linear(x, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
+        return linear(x, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = DEFAULT, dtype=torch.float32, device="cpu") -> "Llama":
@@ -316,6 +354,26 @@ class Llama(nn.Module):
                 raise ValueError(f"{folder}: weight {name} is {shape}, expected {should}")
         model.load_state_dict(weights, assign=True)
         return model
+
+
+@functools.cache
+def compiled(device_type: str):
+    """`Llama.run` for one token as one whole graph; on a GPU replayed as a CUDA graph."""
+    print("compiling the decode step: a minute or two, the next time less (torch caches it)", file=sys.stderr)
+    return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead" if device_type == "cuda" else None)
+
+
+def decode_step(device_type: str, cache: KVCache):
+    """The compiled step, with the cache's tables marked as of unknown length: any prompt's cache fits the one graph."""
+    from torch._dynamo.decorators import mark_static_address, mark_unbacked  # takes a second to import
+
+    for layer, tables in enumerate(cache.layers):
+        for prompt, rows in enumerate(tables):
+            for tensor in (rows.keys, rows.values, rows.owner, rows.position):
+                mark_unbacked(tensor, 0, shape_id=f"rows of layer {layer}, prompt {prompt}")
+                if device_type == "cuda":
+                    mark_static_address(tensor, guard=False)  # CUDA graphs write in place only where nothing moves
+    return compiled(device_type)
 
 
 def read_json(path: Path) -> dict:

@@ -1040,3 +1040,35 @@ def test_ctrl_c_ends_cleanly(llama):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and stderr == b""
+
+
+# ---- the compiled decode step
+
+
+def test_compiled_answers_are_the_eager_ones_from_one_graph():
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model = tiny_llama()
+    for n_prompt in (2, 5, 9, 64, 100, 333, 2100):  # tables of 3 rows, of more than 4096, and all between
+        for policy in (None, GVote(top_p=0.7), uneven):
+            answers = []
+            for compile in (False, True):
+                cache = KVCache(TINY, max_new_tokens=5)  # room for half of the answer: then the tables grow
+                ids = random_ids(n_prompt, seed=n_prompt)
+                answers.append(list(generate(model, ids, 12, policy, cache=cache, compile=compile)))
+            assert answers[0] == answers[1]
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compiled_logits_in_half_precision():
+    """Equal up to rounding: a fused kernel rounds once where eager code rounds after every operation."""
+    model, ids = tiny_llama(), random_ids(50, batch_size=2)
+    caches = [KVCache(TINY, 2, max_new_tokens=4) for _ in range(3)]
+    half = tiny_llama().bfloat16()
+    exact, eager, compiled = (
+        torch.cat([step(ids[:, :40], cache, uneven)] + [step(ids[:, i : i + 1], cache, **kw) for i in range(40, 50)], 1)
+        for step, cache, kw in zip((model, half, half), caches, ({}, {}, {"compile": True}), strict=True)
+    )
+    assert (compiled - exact).abs().max() <= 1.5 * (eager - exact).abs().max()
