@@ -136,9 +136,9 @@ class Rows:
 
         # One product over all rows, with those of other heads and of the future masked: H_kv times the arithmetic, but
         # each row is read once, and nothing is padded or looped over.
-        hidden = (self.owner != self.heads[:, None])[:, None] | (self.position > positions[:, None])  # (H_kv, T, R)
+        masked = (self.owner != self.heads[:, None])[:, None] | (self.position > positions[:, None])  # (H_kv, T, R)
         queries = queries.unflatten(0, (len(keys), -1)) / math.sqrt(keys.size(-1))  # (H_kv, G, T, D)
-        scores = (queries @ self.keys.T).masked_fill_(hidden[:, None], -math.inf)
+        scores = (queries @ self.keys.T).masked_fill_(masked[:, None], -math.inf)
         probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
         return (probs @ self.values).flatten(0, 1)
 
