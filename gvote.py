@@ -10,7 +10,7 @@ Gaussian. So draw some, let each select the keys it needs, and keep every key th
     4. gvote            each key/value head keeps the union of what its samples selected
 
 How many keys a head keeps is set nowhere: it is what comes out. In step 3 the paper has one rule more, by which all
-samples of a head select equally many keys: budget="current_query", see `gvote`.
+samples of a head select equally many keys: budget="current_query", see `gvote`. `PeakVotes`, below, is our variant.
 
 Shapes: B prompts, T tokens, C channels; H query heads and H_kv key/value heads, each shared by a group of G = H / H_kv
 query heads; D channels a head; S samples, so G * S of them vote on the keys of one key/value head.
@@ -143,12 +143,14 @@ class PeakVotes:
     """A variant of ours, not the paper's: real hidden states vote, and the strongest vote for a key counts.
 
     1. The voters: 256 hidden states drawn from the prompt, among them rare ones that no Gaussian would draw, as queries
-       at the next position; and the newest 32 as they were, for what comes next depends on them most.
+       at the next position; and the newest 32 at their own, for what comes next depends on them most.
     2. A key's score is the largest share of attention any voter gives it, nudged by the mean share; averaged over 5
        neighbouring keys, so that a passage stays whole (as in SnapKV).
     3. One nucleus from the scores of all heads of a layer: heads that look at more may keep more.
 
-    Its gain, and on what it was measured: notebooks/4_experiments.ipynb.
+    Measured on SmolLM2-135M (notebooks/4_experiments.ipynb) at 15%, 25% and 50% of the bytes: its KL on text and code
+    is at most two thirds of the best fixed budget's and a third of GVote's; at 50% it answers 0.82 of the tasks with
+    one needle (question after), the best fixed budget 0.50.
     """
 
     top_p: float = 0.95
