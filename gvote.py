@@ -142,15 +142,11 @@ class GVote:
 class PeakVotes:
     """A variant of ours, not the paper's: real hidden states vote, and the strongest vote for a key counts.
 
-    1. The voters: 256 hidden states drawn from the prompt, among them rare ones that no Gaussian would draw, as queries
-       at the next position; and the newest 32 at their own, for what comes next depends on them most.
-    2. A key's score is the largest share of attention any voter gives it, nudged by the mean share; averaged over 5
-       neighbouring keys, so that a passage stays whole (as in SnapKV).
-    3. One nucleus from the scores of all heads of a layer: heads that look at more may keep more.
-
-    Measured on SmolLM2-135M (notebooks/4_experiments.ipynb) at 15%, 25% and 50% of the bytes: its KL on text and code
-    is at most two thirds of the best fixed budget's and a third of GVote's; at 50% it answers 0.82 of the tasks with
-    one needle (question after), the best fixed budget 0.50.
+    Voters are 256 hidden states drawn from the prompt, as queries at the next position, and the newest 32 at their own.
+    A key's score is the largest share any voter gives it, nudged by the mean share and averaged over 5 neighbours, as
+    in SnapKV; one nucleus is taken from the scores of all heads of a layer. Measured on SmolLM2-135M at 15%, 25% and
+    50% of the bytes (notebooks/4_experiments.ipynb): KL on text and code at most two thirds of the best fixed budget's
+    and a third of GVote's; at 50% it answers 0.82 of the tasks with one needle (question after), they at most 0.50.
     """
 
     top_p: float = 0.95
