@@ -115,6 +115,14 @@ def built_in_text(tokenizer: Tokenizer, n_tokens: int = 1100) -> str:
     return tokenizer.tokenizer.decode(tokenizer.tokenizer.encode(topics["objects"]).ids[:n_tokens])
 
 
+def default_device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()  # else the clock is read while the device still works
@@ -198,12 +206,11 @@ def parse_args() -> argparse.Namespace:
 
 def main():
     args = parse_args()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     try:
-        device = torch.zeros((), device=args.device or accelerator or "cpu").device
+        device = torch.zeros((), device=args.device or default_device()).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     policy = GVote(args.top_p, args.samples, args.seed, args.budget)
 
     if args.prompt is not None and args.file is not None:

@@ -42,14 +42,17 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (hidden - mean[:, None]).square().mean(dim=1).sqrt()
 
 
+def layer_generator(attn: nn.Module, seed: int) -> torch.Generator:
+    """A layer's own randomness. It is drawn on the CPU: so a prompt's samples are the same on any device."""
+    return torch.Generator().manual_seed((1000 * seed + attn.layer) % 2**32)
+
+
 def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int) -> Tensor:
     """Step 2: S plausible future queries (B, H, S, D), one at each of the positions from `position` on.
 
-    Every layer has noise of its own, shared by the prompts of a batch and drawn on the CPU: so a prompt's samples are
-    the same in any batch and on any device.
+    Every layer has noise of its own, shared by the prompts of a batch: so a prompt's samples are the same in any batch.
     """
-    generator = torch.Generator().manual_seed((1000 * seed + attn.layer) % 2**32)
-    noise = torch.randn(n_samples, mean.size(-1), generator=generator).to(mean.device)
+    noise = torch.randn(n_samples, mean.size(-1), generator=layer_generator(attn, seed)).to(mean.device)
     hidden = mean[:, None] + std[:, None] * noise  # (B, S, C)
     positions = torch.arange(position, position + n_samples, device=mean.device)
     return attn.queries(hidden, positions)
@@ -158,8 +161,7 @@ class PeakVotes:
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         n_tokens = hidden.size(1)
-        generator = torch.Generator().manual_seed((1000 * self.seed + attn.layer) % 2**32)
-        drawn = torch.randint(n_tokens, (self.n_samples,), generator=generator)
+        drawn = torch.randint(n_tokens, (self.n_samples,), generator=layer_generator(attn, self.seed))
         newest = torch.arange(max(0, n_tokens - 32), n_tokens)
         positions = torch.cat((torch.full_like(drawn, n_tokens), newest)).to(hidden.device)
         queries = attn.queries(hidden[:, torch.cat((drawn, newest)).to(hidden.device)], positions)

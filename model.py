@@ -172,10 +172,11 @@ class KVCache:
     def rows(self, positions: Tensor) -> Tensor:
         """The rows (T * H_kv,) of the tokens at positions (T,), counted from the end of every table; makes room."""
         if self.length + len(positions) > self.end:
-            self.end = self.length + max(len(positions), self.max_new_tokens)
+            end = self.length + max(len(positions), self.max_new_tokens)
             for tables in self.layers:
                 for table in tables:
-                    table.grow(self.end)
+                    table.grow(end)
+            self.end = end  # last: an interrupted step is repeated, and then the tables that lag behind grow
         heads = torch.arange(self.kept.size(1), device=positions.device)
         return ((positions[:, None] - self.end) * len(heads) + heads).flatten()
 

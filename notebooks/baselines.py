@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvote import attention, top_p_mask
+from gvote import attention, layer_generator, top_p_mask
 from model import rope
 
 
@@ -58,8 +58,7 @@ class Random(FixedBudget):
     seed: int = 0
 
     def scores(self, attn, hidden, keys, values):
-        generator = torch.Generator().manual_seed((1000 * self.seed + attn.layer) % 2**32)
-        return torch.rand(keys.shape[:3], generator=generator).to(keys.device)
+        return torch.rand(keys.shape[:3], generator=layer_generator(attn, self.seed)).to(keys.device)
 
 
 class KeyNorm(FixedBudget):

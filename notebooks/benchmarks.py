@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from baselines import H2O, AdaKV, ExpectedAttention, KeyNorm, Random, SnapKV, StreamingLLM
-from generate import Tokenizer, generate
+from generate import Tokenizer, default_device, default_dtype, generate
 from gvote import GVote, PeakVotes, Policy
 from model import DEFAULT, KVCache, Llama, checkpoint_folder, read_json
 
@@ -287,8 +287,8 @@ def main():
     examples = read_lines(args.data, lambda raw: BENCHMARKS[args.benchmark](args.data, raw))
     if not examples:
         raise ValueError(f"{args.data} is empty")
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    device = default_device()
+    dtype = default_dtype(device)
     settings = {
         "benchmark": args.benchmark,
         "task": examples[0].task,

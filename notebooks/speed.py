@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it
 import torch
 from torch import Tensor
 
-from generate import Timed, Tokenizer, now
+from generate import Timed, Tokenizer, default_device, default_dtype, now
 from gvote import GVote
 from model import DEFAULT, KVCache, Llama, checkpoint_folder
 
-DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+DEVICE = default_device()
+DTYPE = default_dtype(DEVICE)
 
 
 def device_name() -> str:

@@ -46,7 +46,6 @@ class Task:
         ]
         everything = [torch.ones_like(keys[..., 0], dtype=torch.bool) for _, _, keys, _ in self.layers]
         self.full, self.full_bytes = self.predict(everything)
-        self.solved = self.exact(self.full)  # with the full cache
 
     def predict(self, masks: list[Tensor]) -> tuple[Tensor, int]:
         """Log probabilities (n_scored, V) of the answer's tokens, and the bytes of the prompt's cache."""
