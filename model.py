@@ -99,52 +99,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rows:
-    """One prompt's keys and values in one layer: a table of rows, each owned by a KV head.
+    """What one KV head holds of one prompt in one layer: a table of the keys it kept, one a row, and their values.
 
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here a dropped
-    key is a row that is not there. A row is a key (D,), a value (D,), the head that owns it and its position. Rows for
-    the tokens to come are allocated in advance and filled in place; until then their positions lie in the future, which
-    hides them from every query.
+    key is a row that is not there. Rows for the tokens to come are allocated in advance and filled in place; until then
+    their positions lie in the future, which hides them from every query.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
-        # keys, values (H_kv, T, D); keep (H_kv, T) bool; room: tokens to allocate rows for
-        self.keys, self.values = keys[keep], values[keep]  # (R, D), head by head
-        self.owner, self.position = (index.int() for index in keep.nonzero(as_tuple=True))  # (R,)
-        self.heads = torch.arange(keys.size(0), device=keys.device, dtype=torch.int)
-        self.end = keep.size(1)  # the first position without rows
+        # keys, values (T, D); keep (T,) bool; room: tokens to allocate rows for
+        self.keys, self.values, self.position = keys[keep], values[keep], keep.nonzero().flatten().int()
+        self.end = len(keep)  # the first position without a row
         self.grow(self.end + room)
 
     def grow(self, end: int):
-        """Allocates a row for each KV head of each token before position `end`."""
-        n_tokens = max(0, end - self.end)
-        positions = torch.arange(self.end, self.end + n_tokens, device=self.heads.device, dtype=torch.int)
-        empty = self.keys.new_zeros(n_tokens * len(self.heads), self.keys.size(1))
+        """Allocates a row for each token before position `end`."""
+        new = torch.arange(self.end, end, device=self.keys.device, dtype=torch.int)
+        empty = self.keys.new_zeros(len(new), self.keys.size(1))
         self.keys, self.values = torch.cat((self.keys, empty)), torch.cat((self.values, empty))
-        self.owner = torch.cat((self.owner, self.heads.repeat(n_tokens)))
-        self.position = torch.cat((self.position, positions.repeat_interleave(len(self.heads))))
-        self.end += n_tokens
+        self.position, self.end = torch.cat((self.position, new)), end
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Adds the keys and values (H_kv, T, D) of tokens at positions (T,); their queries (H, T, D) attend to all.
+        """Writes the keys and values (T, D) of new tokens to rows (T,), then attends.
 
-        rows (T * H_kv,) is where they go, token by token, and counted from the table's end: so it is the same in every
-        table, and a tensor, because a number would be compiled into the decode step.
+        queries (G * T, D) are scaled, their positions are (G * T,); returns (G * T, D).
         """
-        self.keys[rows] = keys.transpose(0, 1).flatten(0, 1)
-        self.values[rows] = values.transpose(0, 1).flatten(0, 1)
-
-        # One product over all rows, with those of other heads and of the future masked: H_kv times the arithmetic, but
-        # each row is read once, and nothing is padded or looped over.
-        masked = (self.owner != self.heads[:, None])[:, None] | (self.position > positions[:, None])  # (H_kv, T, R)
-        queries = queries.unflatten(0, (len(keys), -1)) / math.sqrt(keys.size(-1))  # (H_kv, G, T, D)
-        scores = (queries @ self.keys.T).masked_fill_(masked[:, None], -math.inf)
-        probs = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
-        return (probs @ self.values).flatten(0, 1)
+        self.keys[rows], self.values[rows] = keys, values
+        scores = (queries @ self.keys.T).masked_fill_(self.position > positions[:, None], -math.inf)  # (G * T, R)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ self.values
 
     @property
     def nbytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in vars(self).values() if isinstance(x, Tensor))
+        return sum(x.untyped_storage().nbytes() for x in (self.keys, self.values, self.position))
 
 
 class KVCache:
@@ -156,7 +142,7 @@ class KVCache:
     def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
         self.batch_size, self.max_new_tokens = batch_size, min(max_new_tokens, config.context_length)
         self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
-        self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt]
+        self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt * H_kv + KV head]
         # how many of the prompt's keys each KV head kept, summed over the batch
         self.kept = torch.zeros(config.n_layer, config.n_kv_head, dtype=torch.long)
 
@@ -165,30 +151,39 @@ class KVCache:
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
-        self.end = keep.size(2) + self.max_new_tokens
+        self.end = keep.size(2) + self.max_new_tokens  # the first position without rows
         self.kept[layer] = keep.sum(dim=(0, 2)).cpu()
-        self.layers[layer] = [Rows(*prompt, self.max_new_tokens) for prompt in zip(keys, values, keep, strict=True)]
+        heads = zip(*(x.flatten(0, 1) for x in (keys, values, keep)), strict=True)
+        self.layers[layer] = [Rows(*head, self.max_new_tokens) for head in heads]
 
     def rows(self, positions: Tensor) -> Tensor:
-        """The rows (T * H_kv,) of the tokens at positions (T,), counted from the end of every table; makes room."""
+        """Where the tokens at positions (T,) go: rows (T,), counted from a table's end. Makes room for them.
+
+        So they are the same in every table; and a tensor, because a number would be compiled into the decode step.
+        """
         if self.length + len(positions) > self.end:
             end = self.length + max(len(positions), self.max_new_tokens)
             for tables in self.layers:
                 for table in tables:
                     table.grow(end)
             self.end = end  # last: an interrupted step is repeated, and then the tables that lag behind grow
-        heads = torch.arange(self.kept.size(1), device=positions.device)
-        return ((positions[:, None] - self.end) * len(heads) + heads).flatten()
+        return positions - self.end
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> Tensor:
-        """Adds new tokens' keys and values (B, H_kv, T, D), then lets their queries (B, H, T, D) attend."""
-        batch = zip(self.layers[layer], queries, keys, values)  # noqa: B905 (torch.compile knows no strict=True)
-        return torch.stack([table.attend(q, k, v, *where) for table, q, k, v in batch])
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor):
+        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is like them.
+
+        Head by head, on what each kept: a batched product would need them padded to the longest.
+        """
+        groups = (queries / math.sqrt(keys.size(-1))).unflatten(1, (keys.size(1), -1)).flatten(2, 3)
+        heads = (x.flatten(0, 1) for x in (groups, keys, values))  # (B * H_kv, G * T or T, D)
+        where = positions.repeat(queries.size(1) // keys.size(1)), rows  # a position for each of G * T queries
+        tables = zip(self.layers[layer], *heads)  # noqa: B905 (torch.compile knows no strict=True)
+        return torch.stack([table.attend(*head, *where) for table, *head in tables]).view_as(queries)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, rows still empty and bookkeeping included."""
-        return sum(rows.nbytes for layer in self.layers for rows in layer)
+        return sum(rows.nbytes for tables in self.layers for rows in tables)
 
     @property
     def usage(self) -> float:
@@ -197,16 +192,15 @@ class KVCache:
 
     def positions(self, layer: int, kv_head: int, prompt: int = 0) -> Tensor:
         """Which of the prompt's positions this head kept, ascending."""
-        rows = self.layers[layer][prompt]
-        return rows.position[(rows.owner == kv_head) & (rows.position < self.prompt_length)].cpu()
+        position = self.layers[layer][prompt * self.kept.size(1) + kv_head].position
+        return position[position < self.prompt_length].cpu()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; for one row in float32 on a CPU as two products: BLAS does these at the memory's speed, not at half."""
-    if x.numel() != weight.size(1) or x.dtype != torch.float32 or x.device.type != "cpu" or weight.size(0) % 2:
+    """F.linear; where it is compiled for one row on a CPU, a sum of products: BLAS is not faster, on some CPUs half."""
+    if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == weight.size(1)):
         return F.linear(x, weight, bias)
-    column = x.reshape(1, -1).T  # with these strides: reshape(-1, 1) holds the same and takes 3 times as long
-    y = torch.bmm(weight.unflatten(0, (2, -1)), column.expand(2, -1, -1)).view(*x.shape[:-1], -1)
+    y = (weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
     return y if bias is None else y + bias
 
 
@@ -360,8 +354,11 @@ class Llama(nn.Module):
 @functools.cache
 def compiled(device_type: str):
     """`Llama.run` for one token as one whole graph; on a GPU replayed as a CUDA graph."""
-    print("compiling the decode step: a minute or two, the next time less (torch caches it)", file=sys.stderr)
-    return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead" if device_type == "cuda" else None)
+    print("compiling the decode step: some minutes, the next time less (torch caches it)", file=sys.stderr)
+    if device_type == "cuda":
+        return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead")
+    few = {"max_fusion_buffer_group_pairwise_attempts": 4}  # else a third of the compilation looks for what to fuse
+    return torch.compile(Llama.run, fullgraph=True, options=few)
 
 
 def decode_step(device_type: str, cache: KVCache):
@@ -369,9 +366,9 @@ def decode_step(device_type: str, cache: KVCache):
     from torch._dynamo.decorators import mark_static_address, mark_unbacked  # takes a second to import
 
     for layer, tables in enumerate(cache.layers):
-        for prompt, rows in enumerate(tables):
-            for tensor in (rows.keys, rows.values, rows.owner, rows.position):
-                mark_unbacked(tensor, 0, shape_id=f"rows of layer {layer}, prompt {prompt}")
+        for head, rows in enumerate(tables):
+            for tensor in (rows.keys, rows.values, rows.position):
+                mark_unbacked(tensor, 0, shape_id=f"rows of layer {layer}, head {head}")
                 if device_type == "cuda":
                     mark_static_address(tensor, guard=False)  # CUDA graphs write in place only where nothing moves
     return compiled(device_type)

@@ -70,7 +70,8 @@ def one_token(model: Llama, cache: KVCache, compile: bool = False):
 def batch_of(n: int, cache: KVCache) -> KVCache:
     """The cache of n equal prompts."""
     batch = copy.copy(cache)
-    batch.batch_size, batch.layers = n, [[copy.deepcopy(tables[0]) for _ in range(n)] for tables in cache.layers]
+    batch.batch_size = n
+    batch.layers = [[rows for _ in range(n) for rows in copy.deepcopy(tables)] for tables in cache.layers]
     return batch
 
 
