@@ -198,7 +198,7 @@ def parse_args() -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32"
     )
     parser.add_argument("--device", help="default: cuda or mps where there is one, else cpu")
-    parser.add_argument("--compile", action="store_true", help="faster tokens, after a minute or two for torch.compile")
+    parser.add_argument("--compile", action="store_true", help="faster tokens, after some minutes for torch.compile")
     parser.add_argument("--raw", action="store_true", help="do not use the model's chat template")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")  # one line, not the usage
     return parser.parse_args()

@@ -102,30 +102,28 @@ class Rows:
     """What one KV head holds of one prompt in one layer: a table of the keys it kept, one a row, and their values.
 
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here a dropped
-    key is a row that is not there. Rows for the tokens to come are allocated in advance and filled in place; until then
-    their positions lie in the future, which hides them from every query.
+    key is a row that is not there. The last rows are for the tokens to come, allocated in advance and filled in place.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
-        # keys, values (T, D); keep (T,) bool; room: tokens to allocate rows for
-        self.keys, self.values, self.position = keys[keep], values[keep], keep.nonzero().flatten().int()
-        self.end = len(keep)  # the first position without a row
-        self.grow(self.end + room)
+        # keys, values (T, D); keep (T,) bool; room: tokens after the prompt to allocate rows for
+        self.keys, self.values = keys[keep], values[keep]  # (R, D)
+        self.position = keep.nonzero().flatten().int()  # of the prompt's keys
+        self.grow(room)
 
-    def grow(self, end: int):
-        """Allocates a row for each token before position `end`."""
-        new = torch.arange(self.end, end, device=self.keys.device, dtype=torch.int)
-        empty = self.keys.new_zeros(len(new), self.keys.size(1))
-        self.keys, self.values = torch.cat((self.keys, empty)), torch.cat((self.values, empty))
-        self.position, self.end = torch.cat((self.position, new)), end
+    def grow(self, room: int):
+        """Allocates a row for each of the first `room` tokens after the prompt."""
+        n_new = len(self.position) + room - len(self.keys)
+        self.keys, self.values = (torch.cat((x, x.new_zeros(n_new, x.size(1)))) for x in (self.keys, self.values))
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Writes the keys and values (T, D) of new tokens to rows (T,), then attends.
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor, later: Tensor) -> Tensor:
+        """Writes the keys and values (T, D) of new tokens to rows (T,), then attends; see `KVCache.where`.
 
-        queries (G * T, D) are scaled, their positions are (G * T,); returns (G * T, D).
+        queries and result (G * T, D), scaled; later (G * T, room), which of the rows after the prompt they cannot see.
         """
         self.keys[rows], self.values[rows] = keys, values
-        scores = (queries @ self.keys.T).masked_fill_(self.position > positions[:, None], -math.inf)  # (G * T, R)
+        scores = queries @ self.keys.T  # (G * T, R)
+        scores[:, len(self.position) :].masked_fill_(later, -math.inf)
         return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ self.values
 
     @property
@@ -141,6 +139,7 @@ class KVCache:
 
     def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
         self.batch_size, self.max_new_tokens = batch_size, min(max_new_tokens, config.context_length)
+        self.n_group = config.n_head // config.n_kv_head
         self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
         self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt * H_kv + KV head]
         # how many of the prompt's keys each KV head kept, summed over the batch
@@ -156,27 +155,27 @@ class KVCache:
         heads = zip(*(x.flatten(0, 1) for x in (keys, values, keep)), strict=True)
         self.layers[layer] = [Rows(*head, self.max_new_tokens) for head in heads]
 
-    def rows(self, positions: Tensor) -> Tensor:
-        """Where the tokens at positions (T,) go: rows (T,), counted from a table's end. Makes room for them.
+    def where(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens at positions (T,) go and what lies behind them, for `Rows.attend`. Makes room for them.
 
-        So they are the same in every table; and a tensor, because a number would be compiled into the decode step.
+        rows (T,) are counted from a table's end: so they are the same in every table, as is later (G * T, room).
         """
         if self.length + len(positions) > self.end:
             end = self.length + max(len(positions), self.max_new_tokens)
             for tables in self.layers:
                 for table in tables:
-                    table.grow(end)
+                    table.grow(end - self.prompt_length)
             self.end = end  # last: an interrupted step is repeated, and then the tables that lag behind grow
-        return positions - self.end
+        later = torch.arange(self.prompt_length, self.end, device=positions.device) > positions[:, None]  # (T, room)
+        return positions - self.end, later.repeat(self.n_group, 1)
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor, rows: Tensor):
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> Tensor:
         """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is like them.
 
         Head by head, on what each kept: a batched product would need them padded to the longest.
         """
-        groups = (queries / math.sqrt(keys.size(-1))).unflatten(1, (keys.size(1), -1)).flatten(2, 3)
+        groups = (queries / math.sqrt(keys.size(-1))).unflatten(1, (-1, self.n_group)).flatten(2, 3)
         heads = (x.flatten(0, 1) for x in (groups, keys, values))  # (B * H_kv, G * T or T, D)
-        where = positions.repeat(queries.size(1) // keys.size(1)), rows  # a position for each of G * T queries
         tables = zip(self.layers[layer], *heads)  # noqa: B905 (torch.compile knows no strict=True)
         return torch.stack([table.attend(*head, *where) for table, *head in tables]).view_as(queries)
 
@@ -192,8 +191,7 @@ class KVCache:
 
     def positions(self, layer: int, kv_head: int, prompt: int = 0) -> Tensor:
         """Which of the prompt's positions this head kept, ascending."""
-        position = self.layers[layer][prompt * self.kept.size(1) + kv_head].position
-        return position[position < self.prompt_length].cpu()
+        return self.layers[layer][prompt * self.kept.size(1) + kv_head].position.cpu()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -300,17 +298,17 @@ class Llama(nn.Module):
         if policy is not None and (cache is None or start > 0):
             raise ValueError("a policy compresses the prompt in a new cache: pass it with the prompt and a new KVCache")
         positions = torch.arange(start, start + ids.size(1), device=ids.device)
-        rows = cache.rows(positions) if start > 0 else None
-        run = decode_step(ids.device.type, cache) if compile and start > 0 and ids.size(1) == 1 else Llama.run
-        logits = run(self, ids, positions, rows, cache, policy, all_logits)
+        where = cache.where(positions) if start > 0 else None
+        run = decode_step(cache, *where) if compile and start > 0 and ids.size(1) == 1 else Llama.run
+        logits = run(self, ids, positions, where, cache, policy, all_logits)
         if cache is not None:
             cache.length += ids.size(1)
             cache.prompt_length = cache.prompt_length or cache.length
         return logits
 
-    def run(self, ids: Tensor, positions: Tensor, rows: Tensor | None, cache, policy, all_logits: bool) -> Tensor:
-        """`forward` without its checks and counts; rows: where a cache that holds a prompt puts these tokens."""
-        rotation, where = rope(positions, self.config), None if rows is None else (positions, rows)
+    def run(self, ids: Tensor, positions: Tensor, where, cache, policy, all_logits: bool) -> Tensor:
+        """`forward` without its checks and counts; where: that of a cache which holds a prompt."""
+        rotation = rope(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, C)
         for block in self.layers:
             x = block(x, rotation, where, cache, policy)
@@ -354,24 +352,27 @@ class Llama(nn.Module):
 @functools.cache
 def compiled(device_type: str):
     """`Llama.run` for one token as one whole graph; on a GPU replayed as a CUDA graph."""
-    print("compiling the decode step: some minutes, the next time less (torch caches it)", file=sys.stderr)
+    print("compiling the decode step: two to four minutes, the next time less (torch caches it)", file=sys.stderr)
     if device_type == "cuda":
         return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead")
-    few = {"max_fusion_buffer_group_pairwise_attempts": 4}  # else a third of the compilation looks for what to fuse
-    return torch.compile(Llama.run, fullgraph=True, options=few)
+    # a graph of 90 tables: look for what to fuse only near by, and trust their sizes; saves about a third of the wait
+    options = {"max_fusion_buffer_group_pairwise_attempts": 4, "scalar_asserts": False}
+    return torch.compile(Llama.run, fullgraph=True, options=options)
 
 
-def decode_step(device_type: str, cache: KVCache):
-    """The compiled step, with the cache's tables marked as of unknown length: any prompt's cache fits the one graph."""
+def decode_step(cache: KVCache, rows: Tensor, later: Tensor):
+    """The compiled step; what differs from prompt to prompt is marked as of unknown length: so one graph fits all."""
     from torch._dynamo.decorators import mark_static_address, mark_unbacked  # takes a second to import
 
+    mark_unbacked(later, 1)
     for layer, tables in enumerate(cache.layers):
-        for head, rows in enumerate(tables):
-            for tensor in (rows.keys, rows.values, rows.position):
+        for head, table in enumerate(tables):
+            mark_unbacked(table.position, 0)
+            for tensor in (table.keys, table.values):
                 mark_unbacked(tensor, 0, shape_id=f"rows of layer {layer}, head {head}")
-                if device_type == "cuda":
+                if rows.device.type == "cuda":
                     mark_static_address(tensor, guard=False)  # CUDA graphs write in place only where nothing moves
-    return compiled(device_type)
+    return compiled(rows.device.type)
 
 
 def read_json(path: Path) -> dict:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ from plots import record
 TINY = LlamaConfig(vocab_size=128, n_layer=3, n_head=6, n_kv_head=2, n_embd=48, n_hidden=64, head_dim=8)
 
 
-def tiny_llama(seed: int = 0) -> Llama:
-    torch.manual_seed(seed)
-    model = Llama(TINY)
+def tiny_llama(**settings) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(replace(TINY, **settings))
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.2 if weight.dim() > 1 else 1.0)  # large enough for uneven attention
     return model
@@ -304,8 +305,8 @@ def test_memory_is_exact_and_freed_layer_by_layer():
         model(random_ids(500, batch_size), cache, policy)
         assert len(dense) == TINY.n_layer and all(storage.expired() for layer in dense for storage in layer)
         row = 2 * TINY.head_dim * 4  # a key and a value in float32
-        n_new = TINY.n_layer * batch_size * room * TINY.n_kv_head
-        assert cache.nbytes == (cache.kept.sum().item() + n_new) * (row + 4)  # 4: the position, in int32
+        n_kept, n_new = cache.kept.sum().item(), TINY.n_layer * batch_size * room * TINY.n_kv_head
+        assert cache.nbytes == n_kept * (row + 4) + n_new * row  # 4: the position, in int32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1059,11 +1060,12 @@ def test_compiled_answers_are_the_eager_ones_from_one_graph():
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-def test_compiled_logits_in_half_precision():
+@pytest.mark.parametrize("batch_size, settings", [(1, {"attention_bias": True, "tied": False}), (2, {})])
+def test_compiled_logits_in_half_precision(batch_size, settings):
     """Equal up to rounding: a fused kernel rounds once where eager code rounds after every operation."""
-    model, ids = tiny_llama(), random_ids(50, batch_size=2)
-    caches = [KVCache(TINY, 2, max_new_tokens=4) for _ in range(3)]
-    half = tiny_llama().bfloat16()
+    model, ids = tiny_llama(**settings), random_ids(50, batch_size)
+    caches = [KVCache(TINY, batch_size, max_new_tokens=4) for _ in range(3)]
+    half = tiny_llama(**settings).bfloat16()
     exact, eager, compiled = (
         torch.cat([step(ids[:, :40], cache, uneven)] + [step(ids[:, i : i + 1], cache, **kw) for i in range(40, 50)], 1)
         for step, cache, kw in zip((model, half, half), caches, ({}, {}, {"compile": True}), strict=True)

@@ -1,6 +1,6 @@
 """How fast is a token? Every ratio sets two things against each other: in turns, in one process, on real text.
 
-python notebooks/speed.py         the table, with the device's name; about seven minutes on 2 cores
+python notebooks/speed.py         the table, with the device's name; about ten minutes on 2 cores
 """
 
 import copy
