@@ -107,19 +107,19 @@ class Rows:
 
     def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
         # keys, values (T, D); keep (T,) bool; room: tokens after the prompt to allocate rows for
-        self.keys, self.values = keys[keep], values[keep]  # (R, D)
+        self.keys, self.values = keys[keep], values[keep]  # (R, D), with the room below
         self.position = keep.nonzero().flatten().int()  # of the prompt's keys
         self.grow(room)
 
     def grow(self, room: int):
         """Allocates a row for each of the first `room` tokens after the prompt."""
         n_new = len(self.position) + room - len(self.keys)
-        self.keys, self.values = (torch.cat((x, x.new_zeros(n_new, x.size(1)))) for x in (self.keys, self.values))
+        self.keys, self.values = (F.pad(x, (0, 0, 0, n_new)) for x in (self.keys, self.values))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor, later: Tensor) -> Tensor:
         """Writes the keys and values (T, D) of new tokens to rows (T,), then attends; see `KVCache.where`.
 
-        queries and result (G * T, D), scaled; later (G * T, room), which of the rows after the prompt they cannot see.
+        queries (G * T, D) are already divided by the root of D; the result has their shape.
         """
         self.keys[rows], self.values[rows] = keys, values
         scores = queries @ self.keys.T  # (G * T, R)
@@ -156,9 +156,10 @@ class KVCache:
         self.layers[layer] = [Rows(*head, self.max_new_tokens) for head in heads]
 
     def where(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the tokens at positions (T,) go and what lies behind them, for `Rows.attend`. Makes room for them.
+        """Where the tokens at positions (T,) go and what is hidden from them, for `Rows.attend`. Makes room for them.
 
-        rows (T,) are counted from a table's end: so they are the same in every table, as is later (G * T, room).
+        rows (T,): each token's row as a negative index, because tables differ in length but end alike.
+        later (G * T, room): True where a row after the prompt is that of a later token than the query's.
         """
         if self.length + len(positions) > self.end:
             end = self.length + max(len(positions), self.max_new_tokens)
@@ -195,7 +196,7 @@ class KVCache:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; where it is compiled for one row on a CPU, a sum of products: BLAS is not faster, on some CPUs half."""
+    """F.linear. Compiled for a single row on a CPU, products and a sum: BLAS is no faster there, on some CPUs half."""
     if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == weight.size(1)):
         return F.linear(x, weight, bias)
     y = (weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
@@ -307,7 +308,7 @@ class Llama(nn.Module):
         return logits
 
     def run(self, ids: Tensor, positions: Tensor, where, cache, policy, all_logits: bool) -> Tensor:
-        """`forward` without its checks and counts; where: that of a cache which holds a prompt."""
+        """`forward` without its checks and counts; where: from `KVCache.where`, once a prompt is in the cache."""
         rotation = rope(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, C)
         for block in self.layers:
@@ -351,11 +352,11 @@ class Llama(nn.Module):
 
 @functools.cache
 def compiled(device_type: str):
-    """`Llama.run` for one token as one whole graph; on a GPU replayed as a CUDA graph."""
+    """`Llama.run` for one token as one whole graph; on a GPU as a CUDA graph (never run so far)."""
     print("compiling the decode step: two to four minutes, the next time less (torch caches it)", file=sys.stderr)
     if device_type == "cuda":
         return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead")
-    # a graph of 90 tables: look for what to fuse only near by, and trust their sizes; saves about a third of the wait
+    # the default model has 90 tables: to look for what to fuse only near by, and to trust their sizes, saves much time
     options = {"max_fusion_buffer_group_pairwise_attempts": 4, "scalar_asserts": False}
     return torch.compile(Llama.run, fullgraph=True, options=options)
 

@@ -291,6 +291,17 @@ def test_an_interrupted_step_can_be_repeated(monkeypatch):
         torch.testing.assert_close(model(ids[:, i : i + 1], cache), model(ids[:, i : i + 1], undisturbed))
 
 
+def test_an_interrupted_growth_can_be_followed_by_a_shorter_step(monkeypatch):
+    model, ids = tiny_llama(), random_ids(30)
+    cache, undisturbed = KVCache(TINY, max_new_tokens=2), KVCache(TINY, max_new_tokens=20)
+    for each in (cache, undisturbed):
+        model(ids[:, :20], each, uneven)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache.layers[1][0], "grow", lambda room: (_ for _ in ()).throw(KeyboardInterrupt))
+        model(ids[:, 20:26], cache)
+    torch.testing.assert_close(model(ids[:, 20:23], cache), model(ids[:, 20:23], undisturbed))
+
+
 def test_memory_is_exact_and_freed_layer_by_layer():
     model, dense = tiny_llama(), []
 
