@@ -7,10 +7,10 @@ Gaussian. So draw some, let each select the keys it needs, and keep every key th
     1. fit_gaussian     mean and standard deviation of the prompt's hidden states, channel by channel
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
     3. top_p_mask       each query selects its nucleus: the fewest keys that hold `top_p` of its attention
-    4. gvote            each key/value head keeps the union of what its samples selected
+    4. GVote            each key/value head keeps the union of what its samples selected
 
 How many keys a head keeps is set nowhere: it is what comes out. In step 3 the paper has one rule more, by which all
-samples of a head select equally many keys: budget="current_query", see `gvote`. `PeakVotes`, below, is our variant.
+samples of a head select equally many keys: budget="current_query", see `GVote`. `PeakVotes`, below, is our variant.
 
 Shapes: B prompts, T tokens, C channels; H query heads and H_kv key/value heads, each shared by a group of G = H / H_kv
 query heads; D channels a head; S samples, so G * S of them vote on the keys of one key/value head.
@@ -37,14 +37,13 @@ Policy = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Step 1: mean and standard deviation of hidden (B, T, C) over the tokens; (B, C) and float32, both."""
-    hidden = hidden.float()
-    mean = hidden.mean(dim=1)
-    return mean, (hidden - mean[:, None]).square().mean(dim=1).sqrt()
+    std, mean = torch.std_mean(hidden.float(), dim=1, correction=0)
+    return mean, std
 
 
 def layer_generator(attn: nn.Module, seed: int) -> torch.Generator:
     """A layer's own randomness. It is drawn on the CPU: so a prompt's samples are the same on any device."""
-    return torch.Generator().manual_seed((1000 * seed + attn.layer) % 2**32)
+    return torch.Generator().manual_seed(int(1000 * seed + attn.layer) % 2**32)
 
 
 def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int) -> Tensor:
@@ -68,52 +67,17 @@ def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     """Step 3: the nucleus (Holtzman et al. 2020), the smallest set that sums to at least top_p over the last dim; bool.
 
     The key that crosses top_p is in, so the set is never empty. Of equal keys the earlier ones go first. top_p=1 keeps
-    all, even keys of probability zero. Raises ValueError for a top_p outside (0, 1].
+    all, even keys of probability zero.
     """
-    check(top_p)
     if top_p == 1:
         return torch.ones_like(probs, dtype=torch.bool)
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
-    mass_before = ranked.cumsum(dim=-1).roll(1, dims=-1)  # what the better keys hold together
-    mass_before[..., 0] = -1  # the best key is in, however small top_p is
-    return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, mass_before < top_p)
+    needed = ranked.cumsum(dim=-1) - ranked < top_p  # what the better keys hold together does not reach top_p
+    needed[..., 0] = True  # the best key is in, however small top_p is
+    return torch.empty_like(needed).scatter_(-1, order, needed)
 
 
-def gvote(
-    attn: nn.Module,
-    hidden: Tensor,
-    keys: Tensor,
-    top_p: float = 0.95,
-    n_samples: int = 8,
-    seed: int = 0,
-    budget: str = "per_sample",
-) -> Tensor:
-    """Steps 1 to 4 for one layer: its keep mask (B, H_kv, T). attn, hidden, keys and the mask are those of `Policy`.
-
-    budget="per_sample" (this repo's default): each sample votes for its own nucleus.
-    budget="current_query" (the paper's rule): the nucleus of the prompt's last query sets a size, and each sample votes
-    for that many of its best keys. Query heads that share keys use the mean of their sizes, rounded up.
-
-    Raises ValueError, with the value, for invalid settings and for shapes that do not fit each other.
-    """
-    check(top_p, n_samples, seed, budget)
-    if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != (keys.size(0), keys.size(2)) or not keys.numel():
-        shapes = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"
-        raise ValueError(f"hidden and keys must be (B, T, C) and (B, H_kv, T, D), not empty, got {shapes}")
-    n_tokens = hidden.size(1)
-    mean, std = fit_gaussian(hidden)
-    probs = attention(sample_queries(attn, mean, std, n_samples, n_tokens, seed), keys)  # (B, H_kv, G * S, T)
-    if budget == "per_sample":
-        votes = top_p_mask(probs, top_p)
-    else:
-        last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1], device=hidden.device))  # (B, H, 1, D)
-        size = top_p_mask(attention(last, keys), top_p).sum(dim=-1, keepdim=True)  # (B, H_kv, G, 1)
-        rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        votes = rank < size.float().mean(dim=2, keepdim=True)  # the mean over the group
-    return votes.any(dim=2)
-
-
-def check(top_p: float, n_samples: int = 1, seed: int = 0, budget: str = "per_sample"):
+def check(top_p: float, n_samples: int, seed: int, budget: str = "per_sample"):
     """Raises ValueError, with the value, for a setting that makes no sense."""
     if not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):  # NaN fails the comparison
         raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
@@ -127,7 +91,14 @@ def check(top_p: float, n_samples: int = 1, seed: int = 0, budget: str = "per_sa
 
 @dataclass(frozen=True)
 class GVote:
-    """GVote as a `Policy`. top_p and n_samples are what the paper recommends for its rule. Invalid: ValueError."""
+    """Step 4, and the whole of GVote as a `Policy`. top_p and n_samples are what the paper recommends for its rule.
+
+    budget="per_sample" (this repo's default): each sample votes for its own nucleus.
+    budget="current_query" (the paper's rule): the nucleus of the prompt's last query sets a size, and each sample votes
+    for that many of its best keys. Query heads that share keys use the mean of their sizes, rounded up.
+
+    Raises ValueError, with the value, for invalid settings and for shapes that do not fit each other.
+    """
 
     top_p: float = 0.95
     n_samples: int = 8
@@ -138,7 +109,21 @@ class GVote:
         check(self.top_p, self.n_samples, self.seed, self.budget)
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return gvote(attn, hidden, keys, self.top_p, self.n_samples, self.seed, self.budget)
+        if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != (keys.size(0), keys.size(2)) or not keys.numel():
+            shapes = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"
+            raise ValueError(f"hidden and keys must be (B, T, C) and (B, H_kv, T, D), not empty, got {shapes}")
+        n_tokens = hidden.size(1)
+        mean, std = fit_gaussian(hidden)
+        queries = sample_queries(attn, mean, std, self.n_samples, n_tokens, self.seed)
+        probs = attention(queries, keys)  # (B, H_kv, G * S, T)
+        if self.budget == "per_sample":
+            votes = top_p_mask(probs, self.top_p)
+        else:
+            last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1], device=hidden.device))  # (B, H, 1, D)
+            size = top_p_mask(attention(last, keys), self.top_p).sum(dim=-1, keepdim=True)  # (B, H_kv, G, 1)
+            rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # sorted twice: a key's place
+            votes = rank < size.float().mean(dim=2, keepdim=True)  # the mean over the group; `<` rounds it up
+        return votes.any(dim=2)
 
 
 @dataclass(frozen=True)

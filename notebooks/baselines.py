@@ -124,7 +124,7 @@ class ExpectedAttention(FixedBudget):
         centered = unrotated - mean[:, :, None]
         covariance = centered.mT @ centered / centered.size(2)  # (B, H, D, D)
         cos, sin = rope(torch.arange(n_tokens, n_tokens + self.n_future, device=keys.device), attn.config)
-        cos, sin = (torch.diag(x.mean(dim=0)) for x in (cos, sin))
+        cos, sin = (torch.diag(x.mean(dim=0)) for x in (cos[:, : dim // 2], sin[:, dim // 2 :]))
         rotation = torch.cat((torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1)))  # the average one, (D, D)
         mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
 

@@ -31,9 +31,9 @@ import torch
 from tqdm import tqdm
 
 from baselines import H2O, AdaKV, ExpectedAttention, KeyNorm, Random, SnapKV, StreamingLLM
-from generate import Tokenizer, default_device, default_dtype, generate
+from generate import DEFAULT, Tokenizer, checkpoint_folder, default_device, default_dtype, generate
 from gvote import GVote, PeakVotes, Policy
-from model import DEFAULT, KVCache, Llama, checkpoint_folder, read_json
+from model import KVCache, Llama, read_json
 
 METHODS = {  # of the level: top_p for GVote, the share of keys to keep for the others
     "gvote": GVote,

@@ -51,8 +51,8 @@ class Task:
         """Log probabilities (n_scored, V) of the answer's tokens, and the bytes of the prompt's cache."""
         cache = KVCache(self.model.config, max_new_tokens=0)
         for (attn, _, keys, values), keep in zip(self.layers, masks, strict=True):
-            cache.store(attn.layer, keys, values, keep)
-        cache.length = cache.prompt_length = self.n_prompt
+            cache.fill(attn.layer, keys, values, keep)
+        cache.advance(self.n_prompt)
         nbytes = cache.nbytes
         logits = self.model(self.after[:, :-1], cache, all_logits=True)[0, -self.n_scored :]
         return logits.float().log_softmax(dim=-1), nbytes
