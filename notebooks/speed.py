@@ -3,9 +3,13 @@
 python notebooks/speed.py         the table, with the device's name; about ten minutes on 2 cores
 """
 
-import copy
+import argparse
+import os
 import platform
+import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -13,14 +17,15 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from generate import Timed, Tokenizer, default_device, default_dtype, now
+from generate import Timed, Tokenizer, checkpoint_folder, compiled_call, default_device, default_dtype, now
 from gvote import GVote
-from model import DEFAULT, KVCache, Llama, checkpoint_folder
+from model import KVCache, Llama
 
 DEVICE = default_device()
 DTYPE = default_dtype(DEVICE)
+EAGER = nn.Module.__call__
 
 
 def device_name() -> str:
@@ -42,48 +47,46 @@ def race(n_repeats: int, *steps) -> list[list[float]]:
     return [times[2:] for times in seconds]
 
 
-def show(what: str, seconds: list[list[float]], target: float):
+def show(what: str, seconds: list[list[float]]):
     """One line: how many times as fast as the first step the second is; the median of the rounds, and their range."""
     slow, fast = seconds
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     times = f"{1000 * median(slow):8.1f} ms {1000 * median(fast):8.1f} ms"
-    print(f"{what:58}{times}  {median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})  {target:5.2f}", flush=True)
+    print(f"{what:66}{times}  {median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", flush=True)
 
 
-def read(model: Llama, ids: Tensor, policy=None) -> KVCache:
-    cache = KVCache(model.config, max_new_tokens=64)
-    model(ids, cache, policy)
+def read(model: Llama, ids: Tensor, policy=None, n: int = 1) -> KVCache:
+    """The cache of n equal prompts."""
+    cache = KVCache(model.config, n, max_new_tokens=64)
+
+    def fill(attn, hidden, keys, values):
+        keep = policy(attn, hidden, keys, values) if policy else torch.ones_like(keys[..., 0], dtype=torch.bool)
+        cache.fill(attn.layer, *(x.expand(n, *x.shape[1:]) for x in (keys, values, keep)))
+        return keep
+
+    model(ids, KVCache(model.config, max_new_tokens=0), fill)
+    cache.advance(ids.size(1))
     return cache
 
 
-def one_token(model: Llama, cache: KVCache, compile: bool = False):
+def one_token(model: Llama, cache: KVCache, call=EAGER):
     """A step that reads the same token at the same place whenever it is called."""
     token = torch.full((cache.batch_size, 1), 5, device=DEVICE)
 
     def step():
-        model(token, cache, compile=compile)
-        cache.length -= 1
+        model(token, cache, call=call)
+        cache.advance(-1)
 
     return step
 
 
-def batch_of(n: int, cache: KVCache) -> KVCache:
-    """The cache of n equal prompts."""
-    batch = copy.copy(cache)
-    batch.batch_size = n
-    batch.layers = [[rows for _ in range(n) for rows in copy.deepcopy(tables)] for tables in cache.layers]
-    return batch
-
-
 def hugging_face(ids: Tensor, press=None):
     """transformers' model, and a step that decodes one token after ids with its default cache."""
-    from contextlib import nullcontext
-
     from transformers import DynamicCache, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=DTYPE, attn_implementation="sdpa")
+    model = LlamaForCausalLM.from_pretrained(checkpoint_folder(), dtype=DTYPE, attn_implementation="sdpa")
     model, cache = model.to(DEVICE).eval(), DynamicCache()
     with press(model) if press else nullcontext():
         model(ids, past_key_values=cache, logits_to_keep=1)
@@ -96,54 +99,78 @@ def hugging_face(ids: Tensor, press=None):
     return model, step
 
 
+def first_compiled_token() -> float:
+    """Seconds, of which nearly all go into compiling."""
+    model = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE)
+    step = one_token(model, read(model, torch.zeros(1, 100, dtype=torch.long, device=DEVICE)), compiled_call(DEVICE))
+    start = now(DEVICE)
+    step()
+    return now(DEVICE) - start
+
+
+def compile_seconds() -> list[float]:
+    """Of the first compiled token in a new process: with an empty compiler's cache, and with the one it left."""
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):
+            command = [sys.executable, "-c", "import speed; print(speed.first_compiled_token())"]
+            env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+            done = subprocess.run(command, cwd=Path(__file__).parent, env=env, stdout=subprocess.PIPE, text=True)
+            seconds.append(float(done.stdout))
+    return seconds
+
+
 @torch.no_grad()
-def main(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
+def table(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
     print(f"{device_name()}; {DTYPE}; torch {torch.__version__}".replace("torch.", "", 1))
-    print(f"{'':58}{'first':>11} {'second':>11}  times as fast (range)  target")
-    model, tokenizer = Llama.from_pretrained(dtype=DTYPE, device=DEVICE), Tokenizer(checkpoint_folder(DEFAULT))
+    print("first compiled token of a process: {:.1f} s, of a later one: {:.1f} s".format(*compile_seconds()))
+    print(f"{'one token, if not said otherwise':66}{'first':>11} {'second':>11}  times as fast (range)")
+    folder, compiled = checkpoint_folder(), compiled_call(DEVICE)
+    model, tokenizer = Llama.from_pretrained(folder, DTYPE, DEVICE), Tokenizer(folder)
     text = "".join(topics[name] for name in ("objects", "import", "compound"))
     ids = tokenizer.encode(text, chat=False)[:, :n_long].to(DEVICE)
-    long, long_gvote = read(model, ids), read(model, ids, GVote())
-    full, gvote = read(model, ids[:, :n]), read(model, ids[:, :n], GVote())
-    theirs, their_token = hugging_face(ids[:, :n])
 
-    show(f"{n} tokens, full cache: transformers, ours", race(n_repeats, their_token, one_token(model, full)), 1.2)
-    steps = their_token, one_token(model, full, compile=True)
-    show(f"{n} tokens, full cache: transformers, ours compiled", race(n_repeats, *steps), 2.2)
-    kept = f"GVote ({long_gvote.usage:.0%} kept)"
-    show(f"{n_long} tokens: full, {kept}", race(n_repeats, one_token(model, long), one_token(model, long_gvote)), 1.15)
-    steps = one_token(model, long, compile=True), one_token(model, long_gvote, compile=True)
-    show(f"{n_long} tokens, compiled: full, {kept}", race(n_repeats, *steps), 1.35)
-    steps = one_token(model, long_gvote), one_token(model, long_gvote, compile=True)
-    show(f"{n_long} tokens, {kept}: eager, compiled", race(n_repeats, *steps), 1)
-    steps = one_token(model, batch_of(8, full)), one_token(model, batch_of(8, gvote))
-    show(f"{n} tokens, 8 prompts: full, GVote ({gvote.usage:.0%} kept)", race(n_repeats, *steps), 1.4)
-    del long, long_gvote, steps
+    for length in (128, 1024, n):
+        cache, (theirs, their_token) = read(model, ids[:, :length]), hugging_face(ids[:, :length])
+        for name, call in (("ours", EAGER), ("ours compiled", compiled)):
+            seconds = race(n_repeats, their_token, one_token(model, cache, call))
+            show(f"{length} tokens, full cache: transformers, {name}", seconds)
+    for length, batch_size in ((n_long, 1), (n, 8)):
+        full, gvote = (read(model, ids[:, :length], policy, batch_size) for policy in (None, GVote()))
+        prompts = f", {batch_size} prompts" if batch_size > 1 else ""
+        for name, call in (("", EAGER), (", compiled", compiled)):
+            seconds = race(n_repeats, one_token(model, full, call), one_token(model, gvote, call))
+            show(f"{length} tokens{prompts}{name}: full, GVote ({gvote.usage:.0%} kept)", seconds)
+    del full, gvote
 
     if DTYPE == torch.float32:
-        half = Llama.from_pretrained(dtype=torch.bfloat16, device=DEVICE)
-        steps = one_token(model, full), one_token(half, read(half, ids[:, :n]))
-        show(f"{n} tokens, full cache: float32, bfloat16", race(n_repeats, *steps), 1.6)
-        del half, steps
-    try:
-        from kvpress import AdaKVPress, ExpectedAttentionPress
-    except ModuleNotFoundError:
-        print("without kvpress, which is not installed")
-    else:
-        _, step = hugging_face(ids[:, :n], AdaKVPress(ExpectedAttentionPress(0.5)))
-        show(f"{n} tokens: kvpress' AdaKV, GVote", race(n_repeats, step, one_token(model, gvote)), 2)
+        half = Llama.from_pretrained(folder, torch.bfloat16, DEVICE)
+        caches = read(model, ids[:, :n]), read(half, ids[:, :n])
+        for name, call in (("", EAGER), (", compiled", compiled)):
+            seconds = race(n_repeats, one_token(model, caches[0], call), one_token(half, caches[1], call))
+            show(f"{n} tokens, full cache{name}: float32, bfloat16", seconds)
+        del half, caches
+    from kvpress import AdaKVPress, ExpectedAttentionPress
+
+    _, step = hugging_face(ids[:, :n], AdaKVPress(ExpectedAttentionPress(0.5)))
+    gvote = read(model, ids[:, :n], GVote())
+    show(f"{n} tokens: kvpress' AdaKV (50% masked), GVote", race(n_repeats, step, one_token(model, gvote)))
 
     timed = []
 
     def with_gvote():
         timed.append(Timed(GVote()))
-        read(model, ids[:, :n], timed[-1])
+        model(ids[:, :n], KVCache(model.config), timed[-1])
 
     seconds = race(min(n_repeats, 5), lambda: theirs(ids[:, :n], logits_to_keep=1), with_gvote)
-    show(f"{n} tokens, prefill: transformers, ours with GVote", seconds, 1)
+    show(f"{n} tokens, prefill: transformers, ours with GVote", seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[2:], seconds[1], strict=True)]
-    print(f"GVote's share of the prefill: {median(shares):.1%}, target 3%")
+    print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
 
 
 if __name__ == "__main__":
-    main()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    try:
+        table()
+    except KeyboardInterrupt:
+        sys.exit(130)
