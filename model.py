@@ -254,6 +254,8 @@ class Llama(nn.Module):
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # it names all that is missing, misshapen or too much
             raise ValueError(f"{folder}: {error}") from None
+        if model.config.tied:  # assigned, they would be two parameters
+            model.lm_head.weight = model.embed_tokens.weight
         return model
 
 

@@ -556,6 +556,11 @@ def test_hub_names(tmp_path, monkeypatch):
         checkpoint_folder("owner/model")
 
 
+def test_tied_weights_are_one_parameter(llama):
+    assert llama.lm_head.weight is llama.embed_tokens.weight
+    assert sum(weight.numel() for weight in llama.parameters()) == 134_515_008
+
+
 def test_config_sizes_must_fit():
     with pytest.raises(ValueError, match="6 query heads cannot share 4"):
         LlamaConfig(n_head=6, n_kv_head=4)

@@ -162,7 +162,7 @@ def table(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
         timed.append(Timed(GVote()))
         model(ids[:, :n], KVCache(model.config), timed[-1])
 
-    seconds = race(min(n_repeats, 5), lambda: theirs(ids[:, :n], logits_to_keep=1), with_gvote)
+    seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), with_gvote)
     show(f"{n} tokens, prefill: transformers, ours with GVote", seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[2:], seconds[1], strict=True)]
     print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
