@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -672,6 +673,47 @@ def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, 
         assert torch.equal(keep.sum(dim=(1, 2)), expected.sum(dim=(1, 2)))
         different += (keep != expected).sum().item()
     assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
+
+
+def test_kvzip_keeps_what_kvpress_keeps(llama, tokenizer, monkeypatch):
+    """On the default model, in one chunk and in three. Theirs leaves out the first tokens, as many as the chat template
+    puts before a message, whether the prompt has them or not: here they get a template that puts nothing there."""
+    kvpress = pytest.importorskip("kvpress")
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = checkpoint_folder(DEFAULT)
+    their_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    turn = tokenizer.render("?").partition("?")[2]
+    their_tokenizer.chat_template = f"{{{{ messages[0]['content'] + {turn!r} }}}}"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: their_tokenizer)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, second_reading = tokenizer.encode(topics["import"], chat=False)[:, :500], baselines.second_reading
+    for chunk in (2048, 200):
+        with torch.no_grad(), kvpress.KVzipPress(compression_ratio=0.6, chunk_size=chunk)(theirs):
+            theirs(input_ids=ids, past_key_values=DynamicCache())
+        monkeypatch.setattr(baselines, "second_reading", partial(second_reading, chunk=chunk))
+        keep = baselines.KVzip(0.4).masks(llama, tokenizer, ids)
+        expected = torch.ones_like(keep)
+        for layer, module in zip(expected, theirs.model.layers, strict=True):
+            layer[module.self_attn.masked_key_indices] = False
+        assert keep.sum() == expected.sum() == 0.4 * keep.numel() and keep[..., :4].all()
+        assert (keep != expected).sum() <= 1e-4 * keep.numel()  # ties: float32 sums in another order
+
+
+def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
+    ids = tokenizer.encode("The code is 7425. Is it 7425, or 7526?", chat=False).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    masks, cache = baselines.KVzip(0.5).masks(llama, tokenizer, ids), KVCache(llama.config, 2)
+    assert masks.shape == (30, 2, 3, ids.size(1)) and (masks.sum(dim=(0, 2, 3)) == 45 * ids.size(1)).all()
+    assert torch.equal(masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:]))  # alone as in a batch
+    llama(ids, cache, baselines.for_prompt(baselines.KVzip(0.5), llama, tokenizer, ids))
+    assert torch.equal(cache.kept, masks.sum(dim=(1, 3)))
+    one_pass = baselines.H2O(0.5)
+    assert baselines.for_prompt(one_pass, llama, tokenizer, ids) is one_pass
+    with pytest.raises(ValueError, match="got 1.5"):
+        baselines.KVzip(1.5)
 
 
 # ---- the tasks of the notebooks
