@@ -4,18 +4,18 @@ All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, key
 But KVzip has to read the prompt a second time first: `for_prompt` does that, and makes a policy of it.
 
 Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept keys.
-Letters for shapes as in gvote.py.
+`METHODS`, at the end, lists them by name. tokenizer: the `Tokenizer` of generate.py. Letters for shapes as in gvote.py.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generate import Tokenizer
-from gvote import Policy, attention, layer_generator, top_p_mask
+from gvote import GVote, PeakVotes, Policy, attention, layer_generator, top_p_mask
 from model import KVCache, Llama, rope
 
 
@@ -175,7 +175,7 @@ def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n
     return torch.stack(scores)
 
 
-def second_reading(model: Llama, tokenizer: Tokenizer, ids: Tensor, n_sink: int = 4, chunk: int = 2048) -> Tensor:
+def second_reading(model: Llama, tokenizer, ids: Tensor, n_sink: int = 4, chunk: int = 2048) -> Tensor:
     """What KVzip scores keys by: the largest attention that each gets, in any layer and head, while the model reads
     prompts ids (B, T) once more, chunk by chunk, after a request to repeat them. (layers, B, H_kv, T)
 
@@ -214,14 +214,14 @@ class KVzip:
     def __post_init__(self):
         check_share(self.share)
 
-    def masks(self, model: Llama, tokenizer: Tokenizer, ids: Tensor) -> Tensor:
+    def masks(self, model: Llama, tokenizer, ids: Tensor) -> Tensor:
         """What each layer keeps of prompts ids (B, T): (layers, B, H_kv, T) bool."""
         scores = second_reading(model, tokenizer, ids, self.n_sink).transpose(0, 1)  # (B, layers, H_kv, T)
         scores[..., : self.n_sink] = math.inf
         return keep_best(scores.flatten(1), int(self.share * scores[0].numel())).view_as(scores).transpose(0, 1)
 
 
-def for_prompt(method: Policy | KVzip, model: Llama, tokenizer: Tokenizer, ids: Tensor) -> Policy:
+def for_prompt(method: Policy | KVzip, model: Llama, tokenizer, ids: Tensor) -> Policy:
     """The method as a policy for the prompts ids: KVzip reads them here and now, any other is a policy already."""
     if not isinstance(method, KVzip):
         return method
@@ -243,3 +243,35 @@ class Oracle:
         after = self.future[attn.layer]
         positions = torch.arange(keys.size(2), keys.size(2) + after.size(1), device=keys.device)
         return top_p_mask(attention(attn.queries(after, positions), keys), self.top_p).any(dim=2)
+
+
+METHODS = {  # each makes a method from its level: top_p of the first three, of the others the share of keys to keep
+    "gvote": GVote,
+    "gvote_current_query": partial(GVote, budget="current_query"),
+    "peak_votes": PeakVotes,
+    "kvzip": KVzip,
+    "h2o": H2O,
+    "expected_attention": ExpectedAttention,
+    "snapkv": SnapKV,
+    "adakv_snapkv": lambda share: AdaKV(SnapKV(share)),
+    "streaming_llm": StreamingLLM,
+    "key_norm": KeyNorm,
+    "random": Random,
+}
+
+
+def make(text: str) -> Policy | KVzip:
+    """The method that text names, with its level after a colon: "h2o:0.5". Those with a top_p have a default for it.
+
+    Raises ValueError for an unknown method, a missing level, and one that makes no sense.
+    """
+    name, colon, level = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}, only {', '.join(METHODS)}")
+    if not colon and name not in ("gvote", "gvote_current_query", "peak_votes"):
+        raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5")
+    try:
+        levels = [float(level)] if colon else []
+    except ValueError:
+        raise ValueError(f"the level in {text!r} is not a number") from None
+    return METHODS[name](*levels)
