@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -797,6 +798,64 @@ def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, 
     assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
 
 
+def test_kvzip_keeps_what_kvpress_keeps(llama, tokenizer, monkeypatch):
+    """On the default model, in one chunk and in three. Theirs leaves out the first tokens, as many as the chat template
+    puts before a message, whether the prompt has them or not: here they get a template that puts nothing there."""
+    kvpress = pytest.importorskip("kvpress")
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = checkpoint_folder(DEFAULT)
+    their_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    turn = tokenizer.render("?").partition("?")[2]
+    their_tokenizer.chat_template = f"{{{{ messages[0]['content'] + {turn!r} }}}}"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: their_tokenizer)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, second_reading = tokenizer.encode(topics["import"], chat=False)[:, :500], baselines.second_reading
+    for chunk in (2048, 200):
+        with torch.no_grad(), kvpress.KVzipPress(compression_ratio=0.6, chunk_size=chunk)(theirs):
+            theirs(input_ids=ids, past_key_values=DynamicCache())
+        monkeypatch.setattr(baselines, "second_reading", partial(second_reading, chunk=chunk))
+        keep = baselines.KVzip(0.4).masks(llama, tokenizer, ids)
+        expected = torch.ones_like(keep)
+        for layer, module in zip(expected, theirs.model.layers, strict=True):
+            layer[module.self_attn.masked_key_indices] = False
+        assert keep.sum() == expected.sum() == 0.4 * keep.numel() and keep[..., :4].all()
+        assert (keep != expected).sum() <= 1e-4 * keep.numel()  # ties: float32 sums in another order
+
+
+def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
+    ids = tokenizer.encode("The code is 7425. Is it 7425, or 7526?", chat=False).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    masks, cache = baselines.KVzip(0.5).masks(llama, tokenizer, ids), KVCache(llama.config, 2)
+    assert masks.shape == (30, 2, 3, ids.size(1)) and (masks.sum(dim=(0, 2, 3)) == 45 * ids.size(1)).all()
+    assert torch.equal(masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:]))  # alone as in a batch
+    llama(ids, cache, baselines.for_prompt(baselines.KVzip(0.5), llama, tokenizer, ids))
+    assert torch.equal(cache.kept, masks.sum(dim=(1, 3)))
+    one_pass = baselines.H2O(0.5)
+    assert baselines.for_prompt(one_pass, llama, tokenizer, ids) is one_pass
+    with pytest.raises(ValueError, match="got 1.5"):
+        baselines.KVzip(1.5)
+
+
+def test_methods_are_made_from_their_names():
+    assert baselines.make("gvote") == GVote() and baselines.make("peak_votes:0.9") == PeakVotes(0.9)
+    assert baselines.make("adakv_snapkv:0.5") == baselines.AdaKV(baselines.SnapKV(0.5))
+    assert baselines.make("gvote_current_query") == GVote(budget="current_query")
+    for name in baselines.METHODS:
+        assert baselines.make(f"{name}:0.5")
+    for text, match in [
+        ("half:0.5", "there is no method 'half', only gvote, gvote_current_query, .*, random$"),
+        ("h2o", "h2o needs the share of keys to keep, as in h2o:0.5"),
+        ("h2o:", "the level in 'h2o:' is not a number"),
+        ("kvzip:nan", r"share must be in \(0, 1\], got nan"),
+        ("gvote:1.5", r"top_p must be a number in \(0, 1\], got 1.5"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            baselines.make(text)
+
+
 # ---- the tasks of the notebooks
 
 
@@ -945,8 +1004,8 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["example"] for row in rows] == [0, 1, 2, 3] and [row["score"] for row in rows] == [1, 0, 0, 0]
     assert rows == [done[number] for number in range(4)] and run() == done and len(seen) == 5
-    # 1.96 * 50 / sqrt(4), and the shares 0.25, 0.75, 1, 1.25
-    assert benchmarks.summary(done) == "score 25.0 ± 49.0 (95% interval), 4 examples, 81.2% of the keys kept"
+    # the shares kept are 0.25, 0.75, 1, 1.25
+    assert benchmarks.summary(done) == "score 25.0 (95% interval 4.6 to 69.9), 4 examples, 81.2% of the keys kept"
     run(settings={"method": "gvote"})
     assert len(seen) == 9 and len(out.read_text().splitlines()) == 8
     for content in ('{"question": "?"}\n', '{"question": "?"}', "notes"):
@@ -976,7 +1035,8 @@ def test_benchmark_prompts_and_answers(tmp_path, tokenizer, monkeypatch):
     text, kept, prompt = ask(example)
     assert prompt == tokenizer.render("Read it.") + " Answer:" and kept == 1
     assert text == tokenizer.tokenizer.decode(list(generate(model, read[0], 30, stop=tokenizer.stop)))
-    assert ask(example, baselines.KeyNorm(0.5))[1] == pytest.approx(0.5, abs=0.02)
+    for method in (baselines.KeyNorm(0.5), baselines.KVzip(0.5)):
+        assert ask(example, method)[1] == pytest.approx(0.5, abs=0.02)
     line |= {"input": "[INST] Read it. [/INST]"}
     (with_template,) = read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))
     assert ask(with_template)[2] == "[INST] Read it. [/INST] Answer:"
@@ -1024,7 +1084,7 @@ def test_benchmark_errors_name_the_line(tmp_path):
 
 def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     line = {"index": 0, "input": "The word is blue. Which?", "outputs": ["blue"], "answer_prefix": " It is"}
-    data, out = jsonl(tmp_path / "vt" / "validation.jsonl", line), tmp_path / "results.jsonl"
+    data, out = jsonl(tmp_path / "vt" / "validation.jsonl", line), tmp_path / "a new folder" / "results.jsonl"
     script = Path(__file__).parent / "notebooks" / "benchmarks.py"
 
     def run(*args):
@@ -1038,9 +1098,9 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     def no_model(name):
         raise OSError("a model is needed")
 
-    args = ["ruler", data, "--method", "gvote_current_query", "--level", 0.9]
+    args = ["ruler", data, "--method", "gvote_current_query:0.9"]
     done = run(*args)
-    assert re.fullmatch(r"vt, gvote_current_query: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout)
+    assert re.fullmatch(r"vt, gvote_current_query:0.9: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout)
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["settings"]["policy"] == "GVote(top_p=0.9, n_samples=8, seed=0, budget='current_query')"
     assert row["example"] == 0 and 0 < row["kept"] < 1 and row["prediction"]
@@ -1048,7 +1108,8 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     run_here(*args)  # all is done
     assert capsys.readouterr().out == done.stdout
     jsonl(data, line | {"outputs": ["red"]})
-    for other in (args, [*args[:-1], 0.8], ["ruler", data, "--method", "full"], [*args, "--model", "owner/model"]):
+    others = [[*args[:-1], method] for method in ("gvote_current_query:0.8", "full")]
+    for other in (args, *others, [*args, "--model", "owner/model"]):
         with pytest.raises(OSError, match="a model is needed"):
             run_here(*other)
         jsonl(data, line)
@@ -1056,17 +1117,13 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
         patch.setitem(benchmarks.RULER_MAX_NEW_TOKENS, "vt", 31)
         run_here(*args)
 
-    failed = run("ruler", tmp_path / "none.jsonl", "--level", 0.9)
+    failed = run("ruler", tmp_path / "none.jsonl", "--method", "gvote")
     assert failed.returncode == 1 and re.fullmatch("error: .*No such file .*none.jsonl.*\n", failed.stderr)
     for args, match in [
-        (["gsm8k", os.devnull, "--level", 0.9], "is empty"),
-        (["ruler", data, "--level", 1.5], r"top_p must be a number in \(0, 1\], got 1.5"),
-        (["ruler", data, "--method", "h2o", "--level", "nan"], "share must be in .* got nan"),
-        (["ruler", data], "every method needs a --level"),
-        (["ruler", data, "--method", "full", "--level", 1], "only full has none"),
-        (["ruler", data, "--method", "half", "--level", 0.5], "invalid choice: 'half'"),
+        (["gsm8k", os.devnull], "is empty"),
+        (["ruler", data, "--method", "half:0.5"], "there is no method 'half', only gvote, .*, random"),
     ]:
-        with pytest.raises((ValueError, SystemExit), match=match):
+        with pytest.raises(ValueError, match=match):
             run_here(*args)
 
 

@@ -1,20 +1,22 @@
 """GVote's rivals, which are told how much to keep, and the oracle, which knows the future.
 
 All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, keys, values) -> keep mask (B, H_kv, T).
+But KVzip has to read the prompt a second time first: `for_prompt` does that, and makes a policy of it.
 
 Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept keys.
-Letters for shapes as in gvote.py.
+`METHODS`, at the end, lists them by name. tokenizer: the `Tokenizer` of generate.py. Letters for shapes as in gvote.py.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvote import attention, layer_generator, top_p_mask
-from model import rope
+from gvote import GVote, PeakVotes, Policy, attention, layer_generator, top_p_mask
+from model import KVCache, Llama, rope
 
 
 def keep_best(scores: Tensor, n_keep: int) -> Tensor:
@@ -31,6 +33,11 @@ def observed_attention(attn: nn.Module, hidden: Tensor, keys: Tensor, first: int
     return scores.masked_fill(future, -math.inf).softmax(dim=-1)
 
 
+def check_share(share: float):
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be in (0, 1], got {share!r}")
+
+
 @dataclass(frozen=True)
 class FixedBudget:
     """Every head keeps the given share of its keys, those with the highest scores (B, H_kv, T)."""
@@ -38,8 +45,7 @@ class FixedBudget:
     share: float
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share!r}")
+        check_share(self.share)
 
     def n_keep(self, keys: Tensor) -> int:
         return int(self.share * keys.size(2))
@@ -150,6 +156,79 @@ class AdaKV:
         return keep_best(scores, n_keep * keys.size(1)).view_as(safe)
 
 
+def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n_sink: int) -> Tensor:
+    """The largest attention that tokens `again` (B, N), read after prompts ids (B, T), pay to the prompts' keys from
+    start to end: (layers, B, H_kv, end - start). Their softmax is over those, the first n_sink, and one another."""
+    ids, n_tokens, scores = torch.cat((ids, again), dim=1), ids.size(1), []
+    position = torch.arange(ids.size(1), device=ids.device)
+    seen = (position < n_sink) | (position >= start) & (position < end) | (position >= n_tokens)
+
+    def score(attn, hidden, keys, values):
+        best = keys.new_zeros((*keys.shape[:2], end - start), dtype=torch.float32)
+        for first in range(n_tokens, len(position), 256):  # a few rows at a time
+            paid = observed_attention(attn, hidden, keys, first, min(first + 256, len(position))) * seen
+            best = best.maximum((paid / paid.sum(dim=-1, keepdim=True))[..., start:end].amax(dim=(2, 3)))
+        scores.append(best)
+        return torch.zeros_like(keys[..., 0], dtype=torch.bool)
+
+    model(ids, KVCache(model.config, len(ids), max_new_tokens=0), score)
+    return torch.stack(scores)
+
+
+def second_reading(model: Llama, tokenizer, ids: Tensor, n_sink: int = 4, chunk: int = 2048) -> Tensor:
+    """What KVzip scores keys by: the largest attention that each gets, in any layer and head, while the model reads
+    prompts ids (B, T) once more, chunk by chunk, after a request to repeat them. (layers, B, H_kv, T)
+
+    Short code, not fast: every chunk is read after a prompt that is read anew. With one chunk that costs nothing extra.
+    """
+
+    def encode(text):
+        return ids.new_tensor(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids).expand(len(ids), -1)
+
+    turn = encode(tokenizer.render("?").partition("?")[2] if tokenizer.template else "\n")  # now the model answers
+    scores = []
+    for start in range(0, ids.size(1), chunk):
+        if start == 0:
+            request = encode("\n\nRepeat the previous context exactly.")
+        else:  # its last words say where
+            request = encode("\n\nRepeat the part of the previous context exactly, starting with")
+            request = torch.cat((request, ids[:, start - 8 : start]), dim=1)
+        part = ids[:, start : start + chunk]
+        again = torch.cat((request, turn, part), dim=1)
+        scores.append(read_again(model, ids, again, start, start + part.size(1), n_sink))
+    return torch.cat(scores, dim=-1)
+
+
+@dataclass(frozen=True)
+class KVzip:
+    """The keys to which most attention is paid while the model repeats the prompt; the best of all layers and heads
+    together, and the first `n_sink` (Kim et al. 2025, arXiv 2505.23416).
+
+    No policy, as it reads the prompt twice, with the whole cache in memory, before any layer can drop a key. See
+    `for_prompt`.
+    """
+
+    share: float
+    n_sink: int = 4
+
+    def __post_init__(self):
+        check_share(self.share)
+
+    def masks(self, model: Llama, tokenizer, ids: Tensor) -> Tensor:
+        """What each layer keeps of prompts ids (B, T): (layers, B, H_kv, T) bool."""
+        scores = second_reading(model, tokenizer, ids, self.n_sink).transpose(0, 1)  # (B, layers, H_kv, T)
+        scores[..., : self.n_sink] = math.inf
+        return keep_best(scores.flatten(1), int(self.share * scores[0].numel())).view_as(scores).transpose(0, 1)
+
+
+def for_prompt(method: Policy | KVzip, model: Llama, tokenizer, ids: Tensor) -> Policy:
+    """The method as a policy for the prompts ids: KVzip reads them here and now, any other is a policy already."""
+    if not isinstance(method, KVzip):
+        return method
+    masks = method.masks(model, tokenizer, ids)
+    return lambda attn, hidden, keys, values: masks[attn.layer]
+
+
 @dataclass(frozen=True)
 class Oracle:
     """GVote with perfect foresight: the true future queries select and unite, instead of sampled ones.
@@ -164,3 +243,35 @@ class Oracle:
         after = self.future[attn.layer]
         positions = torch.arange(keys.size(2), keys.size(2) + after.size(1), device=keys.device)
         return top_p_mask(attention(attn.queries(after, positions), keys), self.top_p).any(dim=2)
+
+
+METHODS = {  # each makes a method from its level: top_p of the first three, of the others the share of keys to keep
+    "gvote": GVote,
+    "gvote_current_query": partial(GVote, budget="current_query"),
+    "peak_votes": PeakVotes,
+    "kvzip": KVzip,
+    "h2o": H2O,
+    "expected_attention": ExpectedAttention,
+    "snapkv": SnapKV,
+    "adakv_snapkv": lambda share: AdaKV(SnapKV(share)),
+    "streaming_llm": StreamingLLM,
+    "key_norm": KeyNorm,
+    "random": Random,
+}
+
+
+def make(text: str) -> Policy | KVzip:
+    """The method that text names, with its level after a colon: "h2o:0.5". Those with a top_p have a default for it.
+
+    Raises ValueError for an unknown method, a missing level, and one that makes no sense.
+    """
+    name, colon, level = text.partition(":")
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}, only {', '.join(METHODS)}")
+    if not colon and name not in ("gvote", "gvote_current_query", "peak_votes"):
+        raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5")
+    try:
+        levels = [float(level)] if colon else []
+    except ValueError:
+        raise ValueError(f"the level in {text!r} is not a number") from None
+    return METHODS[name](*levels)

@@ -1,9 +1,10 @@
 """The paper's benchmarks, GSM8K, RULER and LongBench, from local JSONL files in the formats they are published in.
 
-python notebooks/benchmarks.py gsm8k test.jsonl --model meta-llama/Llama-3.1-8B-Instruct --method gvote --level 0.95
+python notebooks/benchmarks.py gsm8k test.jsonl --model meta-llama/Llama-3.1-8B-Instruct --method gvote:0.95
 python notebooks/benchmarks.py ruler 4096/data/niah_single_1/validation.jsonl --method full
-python notebooks/benchmarks.py longbench LongBench/data/qasper.jsonl --method snapkv --level 0.5
+python notebooks/benchmarks.py longbench LongBench/data/qasper.jsonl --method snapkv:0.5
 
+A method has its level after a colon: top_p of GVote and PeakVotes, the share of keys that any other keeps.
 Every finished example is a line in --out, with its settings: one file can take all runs. Whatever stopped a run, the
 same command goes on where it was. Answers are greedy.
 """
@@ -23,30 +24,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
 import torch
 from tqdm import tqdm
 
-from baselines import H2O, AdaKV, ExpectedAttention, KeyNorm, Random, SnapKV, StreamingLLM
+from baselines import METHODS, KVzip, for_prompt, make
 from generate import DEFAULT, Tokenizer, checkpoint_folder, default_device, default_dtype, generate
-from gvote import GVote, PeakVotes, Policy
+from gvote import Policy
 from model import KVCache, Llama, read_json
-
-METHODS = {  # of the level: top_p for GVote, the share of keys to keep for the others
-    "gvote": GVote,
-    "peak_votes": PeakVotes,
-    "gvote_current_query": lambda top_p: GVote(top_p, budget="current_query"),
-    "h2o": H2O,
-    "expected_attention": ExpectedAttention,
-    "snapkv": SnapKV,
-    "adakv_snapkv": lambda share: AdaKV(SnapKV(share)),
-    "streaming_llm": StreamingLLM,
-    "key_norm": KeyNorm,
-    "random": Random,
-}
 
 
 @dataclass(frozen=True)
@@ -218,6 +206,7 @@ def finished(out: Path, settings: dict) -> dict[int, dict]:
 
     A line at the end that was not written whole is removed. Raises ValueError for a file of another kind.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     open(out, "a").close()  # a file that cannot be written is better known before the first answer
     content, start = out.read_bytes(), b'{"settings": '
     half = content.rpartition(b"\n")[2]
@@ -228,7 +217,7 @@ def finished(out: Path, settings: dict) -> dict[int, dict]:
     return {example: row for made_by, example, row in rows if made_by == settings}
 
 
-def answer(model: Llama, tokenizer: Tokenizer, policy: Policy | None, example: Example) -> tuple[str, float]:
+def answer(model: Llama, tokenizer: Tokenizer, method: Policy | KVzip | None, example: Example) -> tuple[str, float]:
     """The greedy answer, and the share of the prompt's keys kept. Raises ValueError for a prompt that is too long."""
     if example.chat and tokenizer.template:
         text = tokenizer.render(example.prompt) + example.answer_prefix
@@ -242,6 +231,7 @@ def answer(model: Llama, tokenizer: Tokenizer, policy: Policy | None, example: E
         ids = torch.cat((ids[:, : room // 2], ids[:, -(room // 2) :]), dim=1)
     cache, tokens, text = KVCache(model.config, max_new_tokens=example.max_new_tokens), [], ""
     ids = ids.to(model.norm.weight.device)
+    policy = for_prompt(method, model, tokenizer, ids)
     for token in generate(model, ids, example.max_new_tokens, policy, stop=tokenizer.stop, cache=cache):
         tokens.append(token)
         text = tokenizer.tokenizer.decode(tokens)
@@ -264,10 +254,19 @@ def run(examples: list[Example], done: dict[int, dict], out: Path, settings: dic
                 bar.update()
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and 1, which
+    scatter less than right and wrong do, it is wider than need be."""
+    z = 1.96
+    center, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+
+
 def summary(done: dict[int, dict]) -> str:
-    scores, kept = [100 * row["score"] for row in done.values()], mean(row["kept"] for row in done.values())
-    half = 1.96 * stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else math.nan  # normal approximation
-    return f"score {mean(scores):.1f} ± {half:.1f} (95% interval), {len(scores)} examples, {kept:.1%} of the keys kept"
+    score, kept = (mean(row[what] for row in done.values()) for what in ("score", "kept"))
+    low, high = wilson(score, len(done))
+    interval = f"score {100 * score:.1f} (95% interval {100 * low:.1f} to {100 * high:.1f})"
+    return f"{interval}, {len(done)} examples, {kept:.1%} of the keys kept"
 
 
 def main():
@@ -275,14 +274,11 @@ def main():
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("data", type=Path, help="a JSONL file as published")
     parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
-    parser.add_argument("--method", default="gvote", choices=["full", *METHODS], help="default: %(default)s")
-    parser.add_argument("--level", type=float, help="top_p of gvote, the share of keys that other methods keep")
-    parser.add_argument("--out", type=Path, default="results.jsonl", help="default: %(default)s")
+    parser.add_argument("--method", default="gvote", help=f"default: %(default)s; or full, {', '.join(METHODS)}")
+    parser.add_argument("--out", type=Path, default="results/benchmarks.jsonl", help="default: %(default)s")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     args = parser.parse_args()
-    if (args.level is None) != (args.method == "full"):
-        raise ValueError("every method needs a --level, only full has none")
-    policy = None if args.method == "full" else METHODS[args.method](args.level)
+    method = None if args.method == "full" else make(args.method)
 
     examples = read_lines(args.data, lambda raw: BENCHMARKS[args.benchmark](args.data, raw))
     if not examples:
@@ -295,15 +291,14 @@ def main():
         "data": hashlib.sha256(args.data.read_bytes() + repr(examples).encode()).hexdigest()[:16],  # and the prompts
         "model": args.model,
         "method": args.method,
-        "level": args.level,
-        "policy": repr(policy),
+        "policy": repr(method),
         "dtype": str(dtype),
     }
     done = finished(args.out, settings)
     if len(done) < len(examples):
         folder = checkpoint_folder(args.model)
         tokenizer, model = Tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
-        run(examples, done, args.out, settings, partial(answer, model, tokenizer, policy))
+        run(examples, done, args.out, settings, partial(answer, model, tokenizer, method))
     print(f"{settings['task']}, {args.method}: {summary(done)}")
 
 

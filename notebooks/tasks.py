@@ -31,7 +31,7 @@ class Task:
 
     def __init__(self, model: Llama, prompt: Tensor, after: Tensor, n_answer: int):
         n_prompt = prompt.size(1)
-        self.model, self.n_prompt, self.after = model, n_prompt, after
+        self.model, self.prompt, self.n_prompt, self.after = model, prompt, n_prompt, after
         self.n_scored = min(n_answer, after.size(1) - 1)  # no cache is needed for the prompt's own prediction
         layers = record(model, torch.cat((prompt, after), dim=1))
         self.layers = [  # each policy compresses these, without reading the prompt again
