@@ -1,8 +1,9 @@
-"""Ask a Llama about a long text twice: with its full KV cache, and with what GVote keeps of it.
+"""Ask a Llama about a text: with its full KV cache, and with what GVote and PeakVotes keep of it, side by side.
 
 python generate.py                                        the default model, a built-in text and a question about it
 python generate.py "Why is the sky blue?"                 your prompt
 python generate.py --file notes.txt --question "Who?"     your text (- for standard input) and a question about it
+python generate.py --policy gvote:0.9 h2o:0.5 --show-kept other policies: with top_p or the share of keys they may keep
 """
 
 import argparse
@@ -12,20 +13,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
-if __name__ == "__main__":  # Ctrl-C ends without a traceback, also while torch is still being imported
+if __name__ == "__main__":  # no traceback, also while torch is still being imported, and temporary folders are removed
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 import torch
 from torch import Tensor, nn
 
-from gvote import GVote, Policy
-from model import KVCache, Llama, Table, read_json
+from gvote import Policy
+from model import KVCache, Llama, LlamaConfig, Table, read_json
 
 DEFAULT = "SmolLM2-135M-Instruct"
-QUESTION = "According to the text, what three things does every object have?"
+NOTE = "The code for the padlock on the tool shed is 4471."  # slipped into the built-in text
+QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def generate(
@@ -48,10 +54,7 @@ def generate(
     call=compiled_call(device) compiles the step.
     Raises ValueError, at once, for invalid settings, an empty prompt, several ones, or one that exceeds the context.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    check_settings(model.config, ids, max_new_tokens, temperature)
     cache = cache or KVCache(model.config, max_new_tokens=max_new_tokens)
     if ids.dim() != 2 or ids.size(0) != 1 or cache.batch_size != 1:
         found = f"ids {tuple(ids.shape)} and a cache with batch_size={cache.batch_size}"
@@ -60,8 +63,6 @@ def generate(
         raise ValueError(
             f"ids are all {ids.size(1)} tokens from the beginning, but the cache holds {cache.length} already"
         )
-    if ids.size(1) > model.config.context_length:
-        raise ValueError(f"{ids.size(1)} tokens exceed the model's context of {model.config.context_length}")
     if policy is not None and cache.length > 0:
         raise ValueError("a policy compresses the prompt in a new cache, and this one holds tokens already")
 
@@ -82,6 +83,16 @@ def generate(
                 return
 
     return tokens(ids[:, cache.length :], policy)
+
+
+def check_settings(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: float):
+    """Raises ValueError, with the value, for what `generate` cannot do: known before a model is loaded."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
+    if ids.size(-1) > config.context_length:
+        raise ValueError(f"{ids.size(-1)} tokens exceed the model's context of {config.context_length}")
 
 
 def compiled_call(device: torch.device) -> Callable:
@@ -166,7 +177,8 @@ def checkpoint_folder(name_or_path: str | Path = DEFAULT) -> Path:
     folder = default_model() if name_or_path == DEFAULT else Path(name_or_path)
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no config.json")
+            hint = "; delete it, and it is fetched again" if name_or_path == DEFAULT else ""
+            raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no config.json{hint}")
         return folder
     if str(name_or_path).count("/") != 1 or str(name_or_path)[0] in "./~":
         raise FileNotFoundError(f"no folder {name_or_path}: expected a checkpoint folder, owner/model or {DEFAULT}")
@@ -289,7 +301,9 @@ def convert_gguf(file: Path, folder: Path):
 def built_in_text(tokenizer: Tokenizer, n_tokens: int = 1100) -> str:
     from pydoc_data.topics import topics  # the Python language reference, in every Python
 
-    return tokenizer.tokenizer.decode(tokenizer.tokenizer.encode(topics["objects"]).ids[:n_tokens])
+    page = tokenizer.tokenizer.decode(tokenizer.tokenizer.encode(topics["objects"]).ids[:n_tokens])
+    paragraphs = page.split("\n\n")
+    return "\n\n".join((*paragraphs[: len(paragraphs) // 2], NOTE, *paragraphs[len(paragraphs) // 2 :]))
 
 
 def default_device() -> torch.device:
@@ -319,13 +333,13 @@ class Timed:
         return keep
 
 
-def answer(
-    model: Llama, tokenizer: Tokenizer, ids: Tensor, policy: Policy | None, call: Callable, args
-) -> tuple[KVCache, str]:
-    """Streams one answer; returns the cache it used and its row of figures."""
-    cache, policy = KVCache(model.config, max_new_tokens=args.max_new_tokens), policy and Timed(policy)
+def answer(model: Llama, tokenizer: Tokenizer, ids: Tensor, make_policy: Callable, args) -> tuple[KVCache, str]:
+    """Streams one answer; returns the cache it used, and its figures. make_policy(): for KVzip it reads the prompt."""
+    cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
     tokens, shown, times = [], "", [now(ids.device)]
-    settings = (policy, args.temperature, args.seed, tokenizer.stop, cache, call)
+    policy = make_policy()
+    timed, making = policy and Timed(policy), now(ids.device) - times[0]
+    settings = (timed, args.temperature, args.seed, tokenizer.stop, cache, args.call)
     for token in generate(model, ids, args.max_new_tokens, *settings):
         times.append(time.perf_counter())
         tokens.append(token)
@@ -335,17 +349,38 @@ def answer(
             shown = text
     print()
     prefill, decode = times[1] - times[0], times[-1] - times[1]
-    gvote = f"{policy.seconds:.2f}" if policy else "-"
-    speed = f"{(len(tokens) - 1) / decode:.1f}" if len(tokens) > 1 else "-"
-    return cache, f"{cache.usage:>8.0%}{cache.nbytes / 2**20:>11.1f}{prefill:>11.2f}{gvote:>9}{speed:>10}"
+    seconds = f"{making + timed.seconds:.2f}" if policy else "-"
+    speed = f"{(len(tokens) - 1) / decode:.0f}" if len(tokens) > 1 else "-"
+    return cache, f"{cache.usage:>8.0%}{cache.nbytes / 2**20:>11.1f}{prefill:>11.2f}{seconds:>10}{speed:>10}"
 
 
 def chart(cache: KVCache) -> str:
     """The share of keys kept in each layer, as a line of bars."""
     share = cache.kept.float().mean(dim=1) / cache.prompt_length
-    bars = "".join("▁▂▃▄▅▆▇█"[min(int(8 * s), 7)] for s in share)
+    bars = "".join(BARS[min(int(8 * s), 7)] for s in share)
     least, most = share.argmin().item(), share.argmax().item()
     return f"{bars}  {share[least]:.0%} (layer {least}) to {share[most]:.0%} (layer {most})"
+
+
+def show_kept(cache: KVCache, tokenizer: Tokenizer, ids: Tensor):
+    """Prints the prompt; the lighter a token, or the higher the bar below it, the more of all heads kept its key."""
+    positions = torch.cat([table.positions for table in cache.layers]).cpu()
+    share = (positions.bincount(minlength=ids.size(1)) / cache.kept.numel()).tolist()
+    words = [tokenizer.tokenizer.decode([token], skip_special_tokens=False) for token in ids[0].tolist()]
+    if sys.stdout.isatty():
+        shades = (f"\x1b[48;5;{232 + int(23 * s)};38;5;{15 if s < 0.5 else 16}m" for s in share)
+        print(
+            "".join(shade + word.replace("\n", "\x1b[0m\n" + shade) for shade, word in zip(shades, words, strict=True))
+        )
+        return print("\x1b[0m", end="")
+    text = bars = ""
+    for word, s in zip(words, share, strict=True):
+        for i, part in enumerate(word.split("\n")):
+            if i > 0 or len(text + part) > 100:
+                print(text, bars, sep="\n")
+                text = bars = ""
+            text, bars = text + part, bars + BARS[min(int(8 * s), 7)] * len(part)
+    print(text, bars, sep="\n")
 
 
 def read_text(path: str) -> str:
@@ -356,20 +391,18 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(methods: Collection[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="a prompt instead of the built-in text")
     parser.add_argument("--file", metavar="PATH", help="read the prompt from a file, - for standard input")
     parser.add_argument("--question", help="asked about the prompt, after it")
     parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
     parser.add_argument(
-        "--top-p", type=float, default=GVote.top_p, help="share of attention that a sample keeps (default: %(default)s)"
-    )
-    parser.add_argument("--samples", type=int, default=GVote.n_samples, help="sampled queries (default: %(default)s)")
-    parser.add_argument(
-        "--budget", default=GVote.budget, help="per_sample, or current_query as in the paper (default: %(default)s)"
-    )
-    parser.add_argument("--no-gvote", action="store_true", help="answer with the full cache only")
+        "--policy", nargs="+", default=["full", "gvote", "peak_votes"], metavar="NAME[:LEVEL]",
+        help=f"full, {', '.join(methods)}; the level: top_p or the share to keep (default: full gvote peak_votes)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, metavar="N", help="queries that GVote samples (default: 8)")
+    parser.add_argument("--show-kept", action="store_true", help="print the prompt, shaded by what was kept")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the answer (default: %(default)s)")
@@ -383,51 +416,79 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def load(what: Callable, name: str, folder: Path):
+    """what(folder), part of a checkpoint. The default model can be made anew: an error says how."""
+    try:
+        return what(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}; delete {folder}, and it is fetched again") if name == DEFAULT else error from None
+
+
 def main():
-    args = parse_args()
+    sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
+    from baselines import METHODS, for_prompt, make
+
+    args = parse_args(METHODS)
+    if args.samples is not None and not 1 <= args.samples <= 1024:
+        raise ValueError(f"--samples must be from 1 to 1024, got {args.samples}")
+    settings = {"seed": args.seed} | ({"n_samples": args.samples} if args.samples else {})
+    policies = {name: None if name == "full" else make(name) for name in args.policy}
+    for name, policy in policies.items():
+        if policy:
+            known = {field.name for field in fields(policy)} & settings.keys()
+            policies[name] = replace(policy, **{setting: settings[setting] for setting in known})
     try:
         device = torch.zeros((), device=args.device or default_device()).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("device meta cannot be used: it computes nothing")
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    policy = GVote(args.top_p, args.samples, args.seed, args.budget)
-
     if args.prompt is not None and args.file is not None:
         raise ValueError("give a prompt or --file, not both")
+    text, question = args.prompt if args.file is None else read_text(args.file), args.question
+    if text is not None and not text.strip():
+        raise ValueError("the prompt is empty")
+
     folder = checkpoint_folder(args.model)
-    tokenizer = Tokenizer(folder)
-    text = args.prompt if args.file is None else read_text(args.file)
-    question = args.question
+    tokenizer = load(Tokenizer, args.model, folder)
+    config = load(lambda folder: LlamaConfig.from_file(folder / "config.json"), args.model, folder)
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
-    if not text.strip():
-        raise ValueError("the prompt is empty")
     text = f"{text}\n\n{question}" if question else text
     text.encode()  # a ValueError for arguments that are not UTF-8
     ids = tokenizer.encode(text, chat=not args.raw).to(device)
-    model = Llama.from_pretrained(folder, dtype, device)
+    check_settings(config, ids, args.max_new_tokens, args.temperature)
+    model = load(lambda folder: Llama.from_pretrained(folder, dtype, device), args.model, folder)
     if args.compile:
         print("compiling: half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)
-    call = compiled_call(device) if args.compile else nn.Module.__call__
-    # the first pass is slower than those after it, compiled or not: that is not the full cache's fault
-    for _ in generate(model, ids[:, :1024], 3, call=call):
+    args.call = compiled_call(device) if args.compile else nn.Module.__call__
+    # the first pass is slower than those after it, compiled or not: that is not the first policy's fault
+    for _ in generate(model, ids[:, :1024], 3, call=args.call):
         pass
 
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
-    print(f"{question}\n\nWith the full cache:" if question else "\nWith the full cache:")
-    full = answer(model, tokenizer, ids, None, call, args)[1]  # the full cache is freed before the next run
-    header = f"\n{'':10}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'GVote s':>9}{'tokens/s':>10}\n{'full':10}{full}"
-    if args.no_gvote:
-        print(header)
-        return
-    print(f"\nWith what {policy} keeps:")
-    cache, row = answer(model, tokenizer, ids, policy, call, args)
-    print(f"{header}\n{'GVote':10}{row}\n\nkept by layer  {chart(cache)}")
+    print(question or "")
+    width = max(map(len, policies)) + 2
+    table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'policy s':>10}{'tokens/s':>10}"
+    for name, policy in policies.items():
+        print(f"\nWith what {policy} keeps:" if policy else "\nWith the full cache:")
+        make_policy = partial(for_prompt, policy, model, tokenizer, ids)
+        cache, figures = answer(model, tokenizer, ids, make_policy, args)
+        table += f"\n{name:{width}}{figures}"
+        if policy:
+            print(f"\nkept by layer  {chart(cache)}")
+            if args.show_kept:
+                show_kept(cache, tokenizer, ids)
+        del cache  # before the next one fills
+    print(f"\n{table}\n(one run each: times that differ by less than a third are the same within the noise)")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    if sys.stdout is None:  # as in `>&-`
+        sys.exit("error: standard output is closed")
     try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
         main()
     except BrokenPipeError:  # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

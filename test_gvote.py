@@ -1176,18 +1176,19 @@ def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
 def test_command_alone_does_the_main_job(llama):
     done = command("--device", "cpu", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    full_answer, gvote_answer = re.split(r"With .*:\n", done.stdout)[1:]
-    assert len(full_answer) > 20 and len(gvote_answer) > 20
-    rows = {name: row.split() for name, row in re.findall(r"^(full|GVote) +(\d.*)$", done.stdout, re.M)}
-    assert rows["full"][0] == "100%" and 40 < int(rows["GVote"][0].rstrip("%")) < 70
-    assert float(rows["GVote"][1]) < 0.7 * float(rows["full"][1])
-    assert re.search(r"kept by layer  [▁▂▃▄▅▆▇█]{30}  ", done.stdout)
+    full, gvote, peak_votes = re.split(r"With .*:\n", done.stdout)[1:]
+    assert "4471" in full and "4471" not in gvote.split("kept by layer")[0]  # what the README says of GVote
+    assert "4471" in peak_votes
+    rows = {name: row.split() for name, row in re.findall(r"^(full|gvote|peak_votes) +(\d.*)$", done.stdout, re.M)}
+    assert rows["full"][0] == "100%" and 40 < int(rows["gvote"][0].rstrip("%")) < 70
+    assert float(rows["gvote"][1]) < 0.7 * float(rows["full"][1])
+    assert len(re.findall(r"kept by layer  [▁▂▃▄▅▆▇█]{30}  ", done.stdout)) == 2
 
 
 def test_command_reads_a_file_and_standard_input(tmp_path):
     text = "The cat is called Gödel. The dog is called Turing."
     (tmp_path / "pets.txt").write_text(text, encoding="utf-8")
-    common = ["--question", "What is the cat called?", "--max-new-tokens", "20", "--no-gvote", "--device", "cpu"]
+    common = ["--question", "What is the cat called?", "--max-new-tokens", "20", "--policy", "full", "--device", "cpu"]
     from_file = command("--file", str(tmp_path / "pets.txt"), *common)
     from_stdin = command("--file", "-", *common, input=text)
     assert from_file.returncode == 0 and "Gödel" in from_file.stdout and "GVote(" not in from_file.stdout
@@ -1195,8 +1196,18 @@ def test_command_reads_a_file_and_standard_input(tmp_path):
     assert answer == from_file.stdout.split("full cache:")[1].split("kept")[0]
 
 
-def test_command_errors_are_one_line(llama, tokenizer, tmp_path):
-    long, cut = tmp_path / "long.txt", tmp_path / "cut"
+def test_command_compares_policies_and_shows_what_they_kept(tmp_path):
+    args = ["Of cats and\ndogs.", "--policy", "gvote:0.8", "kvzip:0.5", "--samples", "4", "--show-kept", "--raw"]
+    done = command(*args, "--max-new-tokens", "2", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "GVote(top_p=0.8, n_samples=4, seed=0" in done.stdout and "KVzip(share=0.5" in done.stdout
+    shown = re.findall(r"^Of cats and\n([▁▂▃▄▅▆▇█]{11})\ndogs.\n([▁▂▃▄▅▆▇█]{5})$", done.stdout, re.M)
+    assert len(shown) == 2 and shown[0] != shown[1]
+    assert re.search(r"^gvote:0.8 +\d+%", done.stdout, re.M) and re.search(r"^kvzip:0.5 +50%", done.stdout, re.M)
+
+
+def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
+    long, cut = tmp_path / "long.txt", tmp_path / DEFAULT
     long.write_text("word " * 9000)
     shutil.copytree(checkpoint_folder(DEFAULT), cut)
     with open(cut / "model.safetensors", "r+b") as file:
@@ -1207,17 +1218,45 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path):
         (["--file", str(long)], r"\d+ tokens exceed the model's context of 8192"),
         (["--file", str(tmp_path / "none.txt")], "none.txt"),
         (["hi", "--file", str(long)], "a prompt or --file, not both"),
-        (["hi", "--top-p", "0"], "top_p must be a number in"),
-        (["hi", "--top-p", "nan"], "top_p must be a number in"),
-        (["hi", "--samples", "0"], "n_samples must be .* at least 1, got 0"),
-        (["hi", "--budget", "half"], "budget must be .* got 'half'"),
+        (["hi", "--policy", "gvote:0"], "top_p must be a number in"),
+        (["hi", "--policy", "gvote:nan"], "top_p must be a number in"),
+        (["hi", "--policy", "h2o"], "h2o needs the share of keys to keep"),
+        (["hi", "--policy", "full", "half"], "there is no method 'half', only gvote, .*"),
+        (["hi", "--samples", "0"], "--samples must be from 1 to 1024, got 0"),
+        (["hi", "--samples", "1000000000"], "--samples must be from 1 to 1024"),
+        (["hi", "--max-new-tokens", "-5"], "max_new_tokens must be at least 1, got -5"),
+        (["hi", "--temperature", "nan"], "temperature must be a number of at least 0, got nan"),
         (["hi", "--device", "nonsense"], "device nonsense cannot be used"),
+        (["hi", "--device", "meta"], "device meta cannot be used"),
         (["hi", "--model", str(tmp_path / "none")], "no folder"),
         (["hi", "--model", str(cut)], "model.safetensors is damaged or cut short"),
         (["hi", "--seed", "x"], "--seed: invalid int value: 'x'"),
     ]:
         done = command(*args)
         assert done.returncode != 0 and re.fullmatch(rf"error: .*{message}.*\n", done.stderr), (args, done.stderr)
+        assert done.stdout == ""
+    monkeypatch.setenv("GVOTE_CACHE", str(tmp_path))
+    assert f"; delete {cut}, and it is fetched again" in command("hi").stderr
+    (cut / "config.json").unlink()
+    assert f"{cut} is not a checkpoint folder: it has no config.json; delete it" in command("hi").stderr
+    if os.name != "nt":
+        script = f"{sys.executable} {Path(__file__).parent / 'generate.py'} hi >&-"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr == "error: standard output is closed\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are sent differently there")
+def test_a_terminated_download_leaves_nothing(tmp_path):
+    folder = tmp_path / "cache"
+    (tmp_path / "pip.py").write_text("import time\ntime.sleep(60)")  # python -m pip finds it first
+    environ = os.environ | {"GVOTE_CACHE": str(folder), "PYTHONPATH": str(tmp_path)}
+    script = Path(__file__).parent / "generate.py"
+    process = subprocess.Popen([sys.executable, script, "hi"], env=environ, stderr=subprocess.PIPE, text=True)
+    assert "First use" in process.stderr.readline()
+    while not list(folder.glob("unfinished-*")):
+        pass
+    process.terminate()
+    assert process.wait(timeout=60) == 143 and not list(folder.iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent differently there")
