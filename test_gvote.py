@@ -1269,6 +1269,8 @@ def test_press_errors_are_clear():
         press.compression_ratio  # noqa: B018
     with pytest.raises(AttributeError, match=r"cannot be set: GVote\(top_p=0.95.* finds it in a prompt"):
         press.compression_ratio = 0.5
+    with press(model):
+        assert not hasattr(press, "compression_ratio")
     for other, match in [
         (GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8)), "GPT2LMHeadModel is not in kvpress.SUPPORTED"),
         (hf_model("Granite"), "GraniteForCausalLM is not in kvpress.SUPPORTED_MODELS"),
