@@ -1087,8 +1087,8 @@ def test_compiled_logits_in_half_precision(batch_size, settings):
 
 # ---- the press for kvpress
 
-# What makes queries differ between families: other frequencies from position 64 on, or by the kind of layer; rotated parts
-# of heads; query norms; another scale. Layers with a window are left alone, but one of 512 tokens is the whole context.
+# What makes queries differ between families: other frequencies from position 64 on, or by the kind of layer; heads that
+# are rotated in part; query norms; a scale. Layers with a window are left alone, unless all fits it (512).
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
 LONGROPE |= {"rope_theta": 1e4, "original_max_position_embeddings": 64}
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
