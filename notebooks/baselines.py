@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvote import GVote, PeakVotes, Policy, attention, layer_generator, top_p_mask
-from model import KVCache, Llama, rope
+from model import KVCache, Llama
 
 
 def keep_best(scores: Tensor, n_keep: int) -> Tensor:
@@ -125,12 +125,17 @@ class ExpectedAttention(FixedBudget):
 
     def scores(self, attn, hidden, keys, values):
         n_tokens, dim = keys.shape[2:]
-        unrotated = attn.heads(attn.q_proj(hidden[:, self.n_sink :])).float()  # (B, H, T - n_sink, D)
+        unrotated = attn.queries(hidden, torch.zeros(n_tokens, device=keys.device)).float()  # position 0: no rotation
+        future = torch.arange(n_tokens, n_tokens + self.n_future, device=keys.device)
+        rotated = attn.queries(hidden[:, -1:].expand(-1, self.n_future, -1), future).float().mean(dim=2)
+        # the average rotation is what happened to the last token's query; channel i turns with channel i + D/2
+        before, after = (torch.complex(*q.chunk(2, dim=-1)) for q in (unrotated[:, :, -1], rotated))  # (B, H, D/2)
+        turn = (after * before.conj()).sum(dim=(0, 1)) / before.abs().square().sum(dim=(0, 1))
+        cos, sin = torch.diag(turn.real), torch.diag(turn.imag)
+        unrotated = unrotated[:, :, self.n_sink :]  # (B, H, T - n_sink, D)
         mean = unrotated.mean(dim=2)
         centered = unrotated - mean[:, :, None]
         covariance = centered.mT @ centered / centered.size(2)  # (B, H, D, D)
-        cos, sin = rope(torch.arange(n_tokens, n_tokens + self.n_future, device=keys.device), attn.config)
-        cos, sin = (torch.diag(x.mean(dim=0)) for x in (cos[:, : dim // 2], sin[:, dim // 2 :]))
         rotation = torch.cat((torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1)))  # the average one, (D, D)
         mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
 
