@@ -3,6 +3,7 @@
 The first run fetches the default model (93 MB). Letters for shapes as in gvote.py and model.py.
 """
 
+import itertools
 import json
 import math
 import os
@@ -221,24 +222,28 @@ def test_shapes_that_do_not_fit_are_named(hidden, keys):
         GVote()(Spy(), torch.zeros(hidden), torch.zeros(keys), None)
 
 
-def test_peak_votes_step_by_step():
-    for attn, hidden, keys, values in record(tiny_llama(), random_ids(40, batch_size=2)):
-        policy = PeakVotes(top_p=0.6, n_samples=7, seed=3)
+@pytest.mark.parametrize(
+    "n_tokens, n_samples, every, bar", [(40, 64, 1, 0.2), (40, 20, 2, 0.2), (40, 19, 3, 0.2), (3000, 200, 15, 0.01)]
+)
+def test_peak_votes_step_by_step(n_tokens, n_samples, every, bar):
+    group = TINY.n_head // TINY.n_kv_head
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(n_tokens, batch_size=2)):
+        policy = PeakVotes(top_p=1 - bar, n_samples=n_samples)
         keep = policy(attn, hidden, keys, values)
-        drawn = torch.randint(40, (7,), generator=torch.Generator().manual_seed(3000 + attn.layer)).tolist()
-        voters = [(token, 40) for token in drawn] + [(token, token) for token in range(8, 40)]
-        queries = torch.cat([attn.queries(hidden[:, t : t + 1], torch.tensor([at])) for t, at in voters], dim=2)
-        group = TINY.n_head // TINY.n_kv_head
-        for b in range(2):
-            scores = []
-            for kv_head in range(TINY.n_kv_head):
-                votes = queries[b, kv_head * group : (kv_head + 1) * group].flatten(0, 1) @ keys[b, kv_head].T
-                votes = (votes / math.sqrt(TINY.head_dim)).softmax(dim=-1)  # (voters of the group, T)
-                score = [max(column) ** 0.9 * (sum(column) / len(column)) ** 0.1 for column in votes.T.tolist()]
-                near = [score[max(0, i - 2) : i + 3] for i in range(40)]
-                scores += [sum(window) / len(window) for window in near]
-            expected = slow_nucleus([score / sum(scores) for score in scores], 0.6)  # over all heads of the layer
-            assert keep[b].flatten().tolist() == expected
+        voters = [token for token in range(n_tokens) if (n_tokens - 1 - token) % every == 0]
+        at_next = torch.tensor([n_tokens])
+        for b, kv_head in itertools.product(range(2), range(TINY.n_kv_head)):
+            peak = torch.zeros(n_tokens)
+            for voter in voters:
+                queries = attn.queries(hidden[b : b + 1, voter : voter + 1], at_next)[0, :, 0]
+                for query in queries[kv_head * group : (kv_head + 1) * group]:
+                    votes = (keys[b, kv_head] @ query / math.sqrt(TINY.head_dim)).softmax(dim=0)
+                    peak = torch.maximum(peak, votes)
+            near = [peak[max(0, i - every // 2) : i + every // 2 + 1] for i in range(n_tokens)]
+            score = torch.stack([window.mean() for window in near])
+            clear = (score - bar).abs() > 1e-6
+            assert torch.equal(keep[b, kv_head][clear], (score > bar)[clear]) and clear.float().mean() > 0.99
+        assert 0.1 < keep.float().mean() < 0.9
         assert torch.equal(policy(attn, hidden[1:], keys[1:], values[1:]), keep[1:])  # alone as in a batch
         assert PeakVotes(top_p=1)(attn, hidden, keys, values).all()
     with pytest.raises(ValueError, match="got 0"):
