@@ -77,7 +77,7 @@ def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(needed).scatter_(-1, order, needed)
 
 
-def check(top_p: float, n_samples: int, seed: int, budget: str = "per_sample"):
+def check(top_p: float, n_samples: int, seed: int = 0, budget: str = "per_sample"):
     """Raises ValueError, with the value, for a setting that makes no sense."""
     if not (isinstance(top_p, numbers.Real) and 0 < top_p <= 1):  # NaN fails the comparison
         raise ValueError(f"top_p must be a number in (0, 1], got {top_p!r}")
