@@ -910,6 +910,35 @@ def test_continuation_is_cut_where_it_says(llama, tokenizer):
         tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=9000, n_next=96)
 
 
+def test_entry_is_the_nucleus_at_every_top_p():
+    probs = torch.rand(2, 3, 50, generator=torch.Generator().manual_seed(0)) ** 4
+    probs[..., 7] = probs[..., 30]  # of equal keys the earlier one goes first
+    probs /= probs.sum(dim=-1, keepdim=True)
+    for top_p in (1e-6, 0.3, 0.9, 0.999):
+        assert torch.equal(tasks.entry(probs) < top_p, top_p_mask(probs, top_p))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+def test_keep_share_is_one_threshold_for_all_layers(share):
+    entries = [torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(3)]
+    masks = tasks.keep_share(entries, share)
+    kept = torch.cat([layer[keep] for layer, keep in zip(entries, masks, strict=True)])
+    dropped = torch.cat([layer[~keep] for layer, keep in zip(entries, masks, strict=True)])
+    assert len(kept) == int(share * 240) and (dropped > kept.max()).all()
+
+
+def test_what_is_remembered_depends_on_its_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def remember(*recipe):
+        return tasks.remember("figures", lambda: made.append(recipe) or len(made), *recipe)
+
+    assert remember(tasks.needle, 0.25) == remember(tasks.needle, 0.25) == 1  # the second is read from the file
+    assert remember(tasks.needle, 0.5) == 2 and remember(tasks.pattern, 0.25) == 3  # a setting, a function's source
+    assert remember(tasks.needle, 0.25) == 1 and len(made) == 3
+
+
 # ---- the paper's benchmarks
 
 

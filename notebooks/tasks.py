@@ -4,8 +4,11 @@ Each task is a prompt, whose cache a policy compresses, and tokens that follow i
 of these from those with the full cache, and does it still know the answer?
 """
 
+import hashlib
 import inspect
 import random
+from collections.abc import Callable
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -88,6 +91,39 @@ class Task:
         }
 
 
+def entry(probs: Tensor) -> Tensor:
+    """The top_p at which each key enters the nucleus over the last dim: what the better keys hold together.
+
+    So `entry(probs) < top_p` is `top_p_mask(probs, top_p)`, for every top_p below 1 at once.
+    """
+    ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
+    mass_before = ranked.cumsum(dim=-1) - ranked
+    return torch.empty_like(mass_before).scatter_(-1, order, mass_before)
+
+
+def keep_share(entries: list[Tensor], share: float) -> list[Tensor]:
+    """The keep masks of all layers, at one top_p that keeps this share of all keys; entries: by layer, of `entry`."""
+    flat = torch.cat([layer.flatten() for layer in entries])
+    top_p = flat.kthvalue(int(share * len(flat))).values
+    return [layer <= top_p for layer in entries]
+
+
+def remember(name: str, compute: Callable, *recipe):
+    """compute()'s result, saved in notebooks/results under the name and a fingerprint of its recipe: the functions,
+    modules (their source) and settings (their repr) that it comes from. Where one of them changed, it is made anew."""
+    text = "\n".join(
+        inspect.getsource(x) if inspect.isroutine(x) or inspect.ismodule(x) or inspect.isclass(x) else repr(x)
+        for x in recipe
+    )
+    file = Path("notebooks/results") / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
+    if not file.exists():
+        result = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(result, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    return torch.load(file)
+
+
 def continuation(model: Llama, tokenizer: Tokenizer, text: str, n_prompt: int = 768, n_next: int = 128) -> Task:
     """A text cut after n_prompt tokens; the answer is how it goes on. Raises ValueError if the text is too short."""
     ids = tokenizer.encode(text, chat=False)[:, : n_prompt + n_next].to(model.norm.weight.device)
@@ -127,7 +163,7 @@ def code() -> dict[str, str]:
 
 
 def hide(rng: random.Random, facts: list[str], n_chars: int = 1600) -> str:
-    """Puts the facts, in their order, between lines of a page of the Python language reference."""
+    """Puts the facts, in their order, between lines of n_chars from a page of the Python language reference."""
     page = rng.choice([topic for topic in sorted(topics.values()) if len(topic) > 2 * n_chars])
     start = rng.randrange(len(page) - n_chars)
     lines = page[start : start + n_chars].split("\n")
@@ -140,13 +176,13 @@ def number(rng: random.Random, n_digits: int) -> str:
     return "".join(rng.choices("0123456789", k=n_digits))
 
 
-def needle(seed: int, n_needles: int = 1) -> tuple[str, str, str]:
+def needle(seed: int, n_needles: int = 1, n_chars: int = 1600) -> tuple[str, str, str]:
     """Seven digits in a haystack (as RULER's niah_single and, with more needles, niah_multikey; arXiv 2404.06654)."""
     rng = random.Random(seed)
     numbers = {thing: number(rng, 7) for thing in rng.sample(THINGS, n_needles)}
     facts = [f"The special magic number for {thing} is {digits}." for thing, digits in numbers.items()]
     thing, digits = rng.choice(list(numbers.items()))
-    return hide(rng, facts), f"\n\nThe special magic number for {thing} is", f" {digits}."
+    return hide(rng, facts, n_chars), f"\n\nThe special magic number for {thing} is", f" {digits}."
 
 
 def needles(seed: int) -> tuple[str, str, str]:
