@@ -146,7 +146,7 @@ class PeakVotes:
     def __post_init__(self):
         check(self.top_p, self.n_samples)
 
-    def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def score(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
         n_tokens = hidden.size(1)
         k = math.ceil(n_tokens / self.n_samples)
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
@@ -154,5 +154,7 @@ class PeakVotes:
         for voters in torch.arange(n_tokens - 1, -1, -k, device=keys.device).split(max(1, 2**18 // n_tokens)):
             queries = attn.queries(hidden[:, voters], torch.full_like(voters, n_tokens))
             peak = peak.maximum(attention(queries, keys).amax(dim=2))
-        score = F.avg_pool1d(peak, k // 2 * 2 + 1, stride=1, padding=k // 2, count_include_pad=False)
-        return score >= 1 - self.top_p
+        return F.avg_pool1d(peak, k // 2 * 2 + 1, stride=1, padding=k // 2, count_include_pad=False)
+
+    def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.score(attn, hidden, keys) >= 1 - self.top_p
