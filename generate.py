@@ -73,7 +73,7 @@ def generate(
             if temperature == 0:
                 ids = logits.argmax()[None, None]
             else:
-                logits = logits.double().cpu()  # whose range bears any temperature
+                logits = logits.cpu().double()  # whose range bears any temperature
                 probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
                 ids = torch.multinomial(probs, 1, generator=generator)[None].to(ids.device)
             policy = None  # the prompt is read and compressed
@@ -121,7 +121,10 @@ def compiled_call(device: torch.device) -> Callable:
                     mark_unbacked(tensor, 0, shape_id="pages")  # of any number: so one graph fits all
                     mark_static_address(tensor, guard=False)  # a CUDA graph writes in place where nothing moves
                 marked.add(table)
-        return compiled(module, x, *args)
+        y = compiled(module, x, *args)
+        if not args:  # it was lm_head: without a mark, CUDA graphs take each call for a step, and free what it made
+            torch.compiler.cudagraph_mark_step_begin()
+        return y
 
     return call
 
