@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from generate import Timed, Tokenizer, checkpoint_folder, compiled_call, default_device, default_dtype, now
-from gvote import GVote
+from gvote import GVote, PeakVotes
 from model import KVCache, Llama
 
 DEVICE = default_device()
@@ -166,6 +166,9 @@ def table(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
     show(f"{n} tokens, prefill: transformers, ours with GVote", seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[2:], seconds[1], strict=True)]
     print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
+    timed, start = Timed(PeakVotes()), now(DEVICE)
+    model(ids[:, :n], KVCache(model.config), timed)
+    print(f"PeakVotes' share, once: {timed.seconds / (now(DEVICE) - start):.1%}")
 
 
 if __name__ == "__main__":
