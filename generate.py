@@ -60,9 +60,8 @@ def generate(
         found = f"ids {tuple(ids.shape)} and a cache with batch_size={cache.batch_size}"
         raise ValueError(f"generate takes one prompt, ids (1, T) and a cache for one, got {found}")
     if ids.size(1) <= cache.length:
-        raise ValueError(
-            f"ids are all {ids.size(1)} tokens from the beginning, but the cache holds {cache.length} already"
-        )
+        counts = f"{ids.size(1)}, and the cache holds {cache.length} of them"
+        raise ValueError(f"there is nothing to read: ids are all tokens from the beginning, {counts}")
     if policy is not None and cache.length > 0:
         raise ValueError("a policy compresses the prompt in a new cache, and this one holds tokens already")
 

@@ -652,12 +652,12 @@ def test_generate_says_at_once_what_is_wrong():
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "got -1.0"),
         ({"temperature": math.nan}, "got nan"),
-        ({"ids": ids[:, :0]}, "ids are all 0 tokens"),
+        ({"ids": ids[:, :0]}, "nothing to read: .*, 0, and the cache holds 0 of them"),
         ({"ids": random_ids(9000)}, "9000 tokens exceed the model's context of 8192"),
         ({"ids": random_ids(10, batch_size=2)}, r"one prompt, .* got ids \(2, 10\)"),
         ({"ids": random_ids(10, batch_size=2), "cache": KVCache(TINY, 2)}, "one prompt, .* batch_size=2"),
         ({"cache": KVCache(TINY, 2)}, "one prompt, .* batch_size=2"),
-        ({"cache": used}, "ids are all 10 tokens from the beginning, but the cache holds 10 already"),
+        ({"cache": used}, "nothing to read: ids are all tokens from the beginning, 10, and the cache holds 10 of them"),
         ({"cache": used, "ids": random_ids(12), "policy": GVote()}, "a policy compresses the prompt in a new cache"),
     ]:
         with pytest.raises(ValueError, match=match):
