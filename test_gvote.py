@@ -888,7 +888,7 @@ def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
     assert task.n_prompt == n_context + (0 if question_after else n_question)
     assert task.n_scored == n_answer - (0 if question_after else 1)  # the prompt itself predicts the first token
     full = task.test(lambda attn, hidden, keys, values: torch.ones(keys.shape[:3], dtype=torch.bool))
-    assert task.exact(task.full) and full["kept"] == full["exact"] == full["agree"] == 1 and abs(full["kl"]) < 1e-6
+    assert task.exact(task.full) and full["kept"] == full["exact"] == 1 and abs(full["kl"]) < 1e-6
     torch.testing.assert_close(full["held"], torch.ones(30, 3))
 
     digits = torch.tensor([tokenizer.tokenizer.decode([i]).isdigit() for i in tokenizer.encode(context, chat=False)[0]])

@@ -70,8 +70,6 @@ class Task:
         kept   share of the full cache's bytes that the prompt's cache takes
         exact  1 if greedy decoding gives the answer word for word, else 0
         kl     divergence from the full cache's predictions, nats per token
-        nll    of the answer, nats per token
-        agree  share of tokens where the likeliest next token is that of the full cache
         held   (layers, H_kv), share of the true future queries' attention to the prompt that falls on kept keys
         """
         masks = [policy(*layer) for layer in self.layers]
@@ -80,8 +78,6 @@ class Task:
             "kept": nbytes / self.full_bytes,
             "exact": float(self.exact(log_probs)),
             "kl": (self.full.exp() * (self.full - log_probs)).sum(dim=-1).mean().item(),
-            "nll": -log_probs.gather(1, self.after[0, -self.n_scored :, None]).mean().item(),
-            "agree": (log_probs.argmax(dim=-1) == self.full.argmax(dim=-1)).float().mean().item(),
             "held": torch.stack(
                 [
                     (true @ keep[..., None].float()).mean(dim=(0, 2, 3))
