@@ -135,10 +135,9 @@ class PeakVotes:
     k-th votes, and a key's score is averaged over its k neighbours. A key stays if its score, the largest share of any
     voter's attention, is at least 1 - top_p: one bar for all heads and layers.
 
-    Measured on SmolLM2-135M, prompts of up to 768 tokens (notebooks/4_experiments.ipynb): at 15% and 25% of the keys
-    the KL on text and code is half of KVzip's, which reads the prompt twice; at 25% it answers 11 of 12 needles, KVzip
-    all, GVote none. It costs 29% of the time in which 768 tokens are read, 21% of 4,096;
-    GVote's 8 draws 8% and 5% (notebook 3).
+    Measured on SmolLM2-135M, prompts of up to 768 tokens (notebook 4): at 15% and 25% of the keys the KL on text and
+    code is half of KVzip's, which reads the prompt twice; at 25% it answers 11 of 12 needles, KVzip all, GVote none. It
+    costs 29% of the time in which 768 tokens are read and 21% for 4,096 (notebook 3), GVote's 8 draws 8% and 5%.
     """
 
     top_p: float = 0.98
