@@ -864,7 +864,7 @@ def test_methods_are_made_from_their_names():
 # ---- the tasks of the notebooks
 
 
-@pytest.mark.parametrize("make", [tasks.needle, tasks.needles, tasks.pattern, tasks.table, tasks.variables])
+@pytest.mark.parametrize("make", [tasks.needle, tasks.pattern])
 def test_tasks_can_be_answered_and_repeated(make):
     for seed in range(20):
         context, question, answer = make(seed)
@@ -874,10 +874,11 @@ def test_tasks_can_be_answered_and_repeated(make):
         assert answer not in question
 
 
-def test_more_needles_differ_from_each_other():
+def test_needle_lies_in_a_haystack_of_the_wanted_length():
     for seed in range(20):
-        found = re.findall(r"The special magic number for (\w+) is (\d{7})\.", tasks.needles(seed)[0])
-        assert len(found) == len(dict(found)) == len({digits for _, digits in found}) == 4
+        context, question, answer = tasks.needle(seed, 500 * (seed + 1))
+        (found,) = re.findall(r"^The special magic number for \w+ is \d{7}\.$", context, re.M)
+        assert found == question.strip() + answer and len(context) == 500 * (seed + 1) + len(found) + 1
 
 
 @pytest.mark.parametrize("question_after", [True, False])
@@ -887,17 +888,14 @@ def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
     n_context, n_question, n_answer = (tokenizer.encode(t, chat=False).size(1) for t in (context, question, answer))
     assert task.n_prompt == n_context + (0 if question_after else n_question)
     assert task.n_scored == n_answer - (0 if question_after else 1)  # the prompt itself predicts the first token
-    full = task.test(lambda attn, hidden, keys, values: torch.ones(keys.shape[:3], dtype=torch.bool))
-    assert task.exact(task.full) and full["kept"] == full["exact"] == 1 and abs(full["kl"]) < 1e-6
-    torch.testing.assert_close(full["held"], torch.ones(30, 3))
-
     digits = torch.tensor([tokenizer.tokenizer.decode([i]).isdigit() for i in tokenizer.encode(context, chat=False)[0]])
-
-    def forget_digits(attn, hidden, keys, values):
-        return ~F.pad(digits, (0, keys.size(2) - len(digits))).expand(keys.shape[:3])
-
-    blind = task.test(forget_digits)
-    assert blind["exact"] == 0 and blind["kl"] > 1 and 0.9 < blind["kept"] < 1 and (blind["held"] < 1).any()
+    no_digits = ~F.pad(digits, (0, task.n_prompt - len(digits))).expand(1, 3, -1)
+    full, blind, again = task.test([task.everything, [no_digits] * 30, task.everything])
+    assert task.exact(task.full) and full["exact"] == 1 and abs(full["kl"]) < 1e-6 and full["held"] == pytest.approx(1)
+    assert full == pytest.approx(again, abs=1e-6)
+    assert blind["exact"] == 0 and blind["kl"] > 1 and 0.5 < blind["held"] < 1
+    (alone,) = task.test([[no_digits] * 30])
+    assert blind == pytest.approx(alone, rel=1e-3)
 
 
 def test_continuation_is_cut_where_it_says(llama, tokenizer):
@@ -905,7 +903,9 @@ def test_continuation_is_cut_where_it_says(llama, tokenizer):
     ids = torch.cat((tokenizer.encode(tasks.prose()["import"], chat=False)[:, :96], task.after), dim=1)
     expected = llama(ids[:, :-1], all_logits=True)[0, 96:].log_softmax(dim=-1)
     torch.testing.assert_close(task.full, expected, rtol=0, atol=1e-3)
-    assert task.test(baselines.Random(0.3))["kl"] > task.test(baselines.H2O(0.6))["kl"] > 0
+    policies = (baselines.Random(0.3), baselines.H2O(0.6))
+    chance, best = task.test([[policy(*layer) for layer in task.layers] for policy in policies])
+    assert chance["kl"] > best["kl"] > 0
     with pytest.raises(ValueError, match="has [0-9]+ tokens, 9096 are needed"):
         tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=9000, n_next=96)
 
@@ -927,16 +927,9 @@ def test_keep_share_is_one_threshold_for_all_layers(share):
     assert len(kept) == int(share * 240) and (dropped > kept.max()).all()
 
 
-def test_what_is_remembered_depends_on_its_recipe(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = []
-
-    def remember(*recipe):
-        return tasks.remember("figures", lambda: made.append(recipe) or len(made), *recipe)
-
-    assert remember(tasks.needle, 0.25) == remember(tasks.needle, 0.25) == 1  # the second is read from the file
-    assert remember(tasks.needle, 0.5) == 2 and remember(tasks.pattern, 0.25) == 3  # a setting, a function's source
-    assert remember(tasks.needle, 0.25) == 1 and len(made) == 3
+def test_mean_interval():
+    assert tasks.mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 0.4460, 4.5540), abs=1e-3)  # scipy's
+    assert tasks.mean_interval([1.0]) == (1, -math.inf, math.inf)
 
 
 # ---- the paper's benchmarks

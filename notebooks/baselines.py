@@ -24,13 +24,16 @@ def keep_best(scores: Tensor, n_keep: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(n_keep, dim=-1).indices, True)
 
 
-def observed_attention(attn: nn.Module, hidden: Tensor, keys: Tensor, first: int, last: int) -> Tensor:
-    """What the prompt's tokens first to last - 1 pay to the keys, by causal attention: (B, H_kv, G, tokens, T)."""
-    positions = torch.arange(first, last, device=keys.device)
-    queries = attn.queries(hidden[:, first:last], positions).unflatten(1, (keys.size(1), -1)).float()
+def observed_attention(attn: nn.Module, hidden: Tensor, keys: Tensor, first: int, last: int, seen=None) -> Tensor:
+    """The attention that tokens first to last - 1 of a prompt pay to keys up to their own, or of these only to the ones
+    marked in seen (T,): (B, H_kv, G, tokens, last)."""
+    positions, keys = torch.arange(last, device=keys.device), keys[:, :, :last]
+    queries = attn.queries(hidden[:, first:last], positions[first:]).unflatten(1, (keys.size(1), -1)).float()
     scores = queries @ keys[:, :, None].float().mT / math.sqrt(keys.size(-1))
-    future = torch.arange(keys.size(2), device=keys.device) > positions[:, None]
-    return scores.masked_fill(future, -math.inf).softmax(dim=-1)
+    unseen = positions > positions[first:, None]
+    if seen is not None:
+        unseen |= ~seen[:last]
+    return scores.masked_fill_(unseen, -math.inf).softmax(dim=-1)
 
 
 def check_share(share: float):
@@ -91,8 +94,10 @@ class H2O(FixedBudget):
 
     def scores(self, attn, hidden, keys, values):
         n_tokens, chunk = keys.size(2), 256  # a few rows of the T x T attention at a time
-        parts = (observed_attention(attn, hidden, keys, i, min(i + chunk, n_tokens)) for i in range(0, n_tokens, chunk))
-        total = sum(part.sum(dim=(2, 3)) for part in parts)
+        total = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        for first in range(0, n_tokens, chunk):
+            last = min(first + chunk, n_tokens)
+            total[..., :last] += observed_attention(attn, hidden, keys, first, last).sum(dim=(2, 3))
         total[:, :, n_tokens - self.n_keep(keys) // 2 :] = math.inf
         return total
 
@@ -171,8 +176,8 @@ def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n
     def score(attn, hidden, keys, values):
         best = keys.new_zeros((*keys.shape[:2], end - start), dtype=torch.float32)
         for first in range(n_tokens, len(position), 256):  # a few rows at a time
-            paid = observed_attention(attn, hidden, keys, first, min(first + 256, len(position))) * seen
-            best = best.maximum((paid / paid.sum(dim=-1, keepdim=True))[..., start:end].amax(dim=(2, 3)))
+            paid = observed_attention(attn, hidden, keys, first, min(first + 256, len(position)), seen)
+            best = best.maximum(paid[..., start:end].amax(dim=(2, 3)))
         scores.append(best)
         return torch.zeros_like(keys[..., 0], dtype=torch.bool)
 

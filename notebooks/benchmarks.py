@@ -259,7 +259,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     scatter less than right and wrong do, it is wider than need be."""
     z = 1.96
     center, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return (center - half) / (1 + z**2 / n), (center + half) / (1 + z**2 / n)
+    return max(0.0, (center - half) / (1 + z**2 / n)), (center + half) / (1 + z**2 / n)
 
 
 def summary(done: dict[int, dict]) -> str:

@@ -31,6 +31,22 @@ def save(figure, name: str):
     figure.savefig(f"notebooks/images/{name}.png", dpi=110)
 
 
+def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
+    """Names lines at the right of a picture, in their colours, instead of a legend. ends: height, name and colour of
+    each. The gap between two names, a share of the picture's height, is kept even where lines end together."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    x = axis.get_xlim()[1]
+    ends = sorted((to_axes.transform((x, y))[1], name, color) for y, name, color in ends)
+    heights = [height for height, *_ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    heights[-1] = min(heights[-1], 1)
+    for i in range(len(heights) - 1, 0, -1):
+        heights[i - 1] = min(heights[i - 1], heights[i] - gap)
+    for height, (_, name, color) in zip(heights, ends, strict=True):
+        axis.text(1.02, height, name, color=color, va="center", transform=axis.transAxes)
+
+
 def record(model: Llama, ids: Tensor) -> list[tuple]:
     """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is given."""
     layers = []

@@ -1,21 +1,20 @@
-"""What a compressed cache is tested on: real text that goes on, needles in a haystack, patterns with examples.
+"""What a compressed cache is tested on: real text that goes on, a needle in a haystack, a pattern with examples.
 
 Each task is a prompt, whose cache a policy compresses, and tokens that follow it. How far are the model's predictions
 of these from those with the full cache, and does it still know the answer?
 """
 
-import hashlib
 import inspect
+import math
 import random
-from collections.abc import Callable
-from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor
 
 from generate import Tokenizer
-from gvote import Policy, attention
+from gvote import attention
 from model import KVCache, Llama
 from plots import record
 
@@ -29,7 +28,7 @@ NAMES = "Anna Ben Clara David Emma Frank Grace Henry Isabel Jack Kate Leo Mary N
 class Task:
     """A prompt (1, T), and the tokens after it (1, N), whose last n_answer are the answer.
 
-    The prompt is read once; `test` compresses its cache by a policy, and reads the other tokens on top of it.
+    The prompt is read once; `test` compresses its cache, in several ways, and reads the other tokens on top of each.
     """
 
     def __init__(self, model: Llama, prompt: Tensor, after: Tensor, n_answer: int):
@@ -41,50 +40,44 @@ class Task:
             (attn, hidden[:, :n_prompt], keys[:, :, :n_prompt], values[:, :, :n_prompt])
             for attn, hidden, keys, values in layers
         ]
-        self.future = [hidden[:, n_prompt:] for _, hidden, _, _ in layers]
+        future = [hidden[:, n_prompt:] for _, hidden, _, _ in layers]
         positions = torch.arange(n_prompt, n_prompt + after.size(1), device=after.device)
         self.attention = [  # of the true future queries to the prompt, each (1, H_kv, G * N, T)
-            attention(attn.queries(future, positions), keys)
-            for (attn, _, keys, _), future in zip(self.layers, self.future, strict=True)
+            attention(attn.queries(hidden, positions), keys)
+            for (attn, _, keys, _), hidden in zip(self.layers, future, strict=True)
         ]
-        everything = [torch.ones_like(keys[..., 0], dtype=torch.bool) for _, _, keys, _ in self.layers]
-        self.full, self.full_bytes = self.predict(everything)
+        self.everything = [torch.ones_like(keys[..., 0], dtype=torch.bool) for _, _, keys, _ in self.layers]
+        self.full = self.predict([self.everything])[0]
 
-    def predict(self, masks: list[Tensor]) -> tuple[Tensor, int]:
-        """Log probabilities (n_scored, V) of the answer's tokens, and the bytes of the prompt's cache."""
-        cache = KVCache(self.model.config, max_new_tokens=0)
-        for (attn, _, keys, values), keep in zip(self.layers, masks, strict=True):
-            cache.fill(attn.layer, keys, values, keep)
+    def predict(self, variants: list[list[Tensor]]) -> Tensor:
+        """Log probabilities (variants, n_scored, V) of the answer's tokens after variants of the prompt's cache: each
+        is a list of keep masks, one a layer. They are read as one batch."""
+        cache = KVCache(self.model.config, len(variants), self.after.size(1))
+        for (attn, _, keys, values), *masks in zip(self.layers, *variants, strict=True):
+            cache.fill(attn.layer, *(x.expand(len(masks), -1, -1, -1) for x in (keys, values)), torch.cat(masks))
         cache.advance(self.n_prompt)
-        nbytes = cache.nbytes
-        logits = self.model(self.after[:, :-1], cache, all_logits=True)[0, -self.n_scored :]
-        return logits.float().log_softmax(dim=-1), nbytes
+        logits = self.model(self.after[:, :-1].expand(len(variants), -1), cache, all_logits=True)[:, -self.n_scored :]
+        return logits.float().log_softmax(dim=-1)
 
     def exact(self, log_probs: Tensor) -> bool:
         """Is each token of the answer the likeliest one? Then greedy decoding gives the answer word for word."""
         return bool((log_probs.argmax(dim=-1) == self.after[0, -self.n_scored :]).all())
 
-    def test(self, policy: Policy) -> dict[str, float | Tensor]:
-        """Figures of one policy.
+    def test(self, variants: list[list[Tensor]]) -> list[dict[str, float]]:
+        """Figures of each variant of the prompt's cache.
 
-        kept   share of the full cache's bytes that the prompt's cache takes
         exact  1 if greedy decoding gives the answer word for word, else 0
         kl     divergence from the full cache's predictions, nats per token
-        held   (layers, H_kv), share of the true future queries' attention to the prompt that falls on kept keys
+        held   share of the true future queries' attention to the prompt that falls on kept keys, mean of all heads
         """
-        masks = [policy(*layer) for layer in self.layers]
-        log_probs, nbytes = self.predict(masks)
-        return {
-            "kept": nbytes / self.full_bytes,
-            "exact": float(self.exact(log_probs)),
-            "kl": (self.full.exp() * (self.full - log_probs)).sum(dim=-1).mean().item(),
-            "held": torch.stack(
-                [
-                    (true @ keep[..., None].float()).mean(dim=(0, 2, 3))
-                    for true, keep in zip(self.attention, masks, strict=True)
-                ]
-            ),
-        }
+        results, paid = [], torch.cat([true.mean(dim=2) for true in self.attention])  # (layers, H_kv, T)
+        n = max(1, 512 // self.after.size(1))  # so many at a time: the weights are read once for all of them
+        for part in (variants[i : i + n] for i in range(0, len(variants), n)):
+            for masks, log_probs in zip(part, self.predict(part), strict=True):
+                kl = (self.full.exp() * (self.full - log_probs)).sum(dim=-1).mean().item()
+                held = (paid * torch.cat(masks)).sum(dim=-1).mean().item()
+                results.append({"exact": float(self.exact(log_probs)), "kl": kl, "held": held})
+        return results
 
 
 def entry(probs: Tensor) -> Tensor:
@@ -104,23 +97,16 @@ def keep_share(entries: list[Tensor], share: float) -> list[Tensor]:
     return [layer <= top_p for layer in entries]
 
 
-def remember(name: str, compute: Callable, *recipe):
-    """compute()'s result, saved in notebooks/results under the name and a fingerprint of its recipe: the functions,
-    modules (their source) and settings (their repr) that it comes from. Where one of them changed, it is made anew."""
-    text = "\n".join(
-        inspect.getsource(x) if inspect.isroutine(x) or inspect.ismodule(x) or inspect.isclass(x) else repr(x)
-        for x in recipe
-    )
-    file = Path("notebooks/results") / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.pt"
-    if not file.exists():
-        result = compute()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(result, file.with_suffix(".part"))
-        file.with_suffix(".part").rename(file)
-    return torch.load(file)
+T95 = {2: 12.71, 4: 3.182, 6: 2.571, 8: 2.365, 10: 2.262, 12: 2.201}  # Student's t
 
 
-def continuation(model: Llama, tokenizer: Tokenizer, text: str, n_prompt: int = 768, n_next: int = 128) -> Task:
+def mean_interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean, and its 95% interval by Student's t; of a single value nobody knows it."""
+    half = T95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return mean(values), mean(values) - half, mean(values) + half
+
+
+def continuation(model: Llama, tokenizer: Tokenizer, text: str, n_prompt: int = 768, n_next: int = 64) -> Task:
     """A text cut after n_prompt tokens; the answer is how it goes on. Raises ValueError if the text is too short."""
     ids = tokenizer.encode(text, chat=False)[:, : n_prompt + n_next].to(model.norm.weight.device)
     if ids.size(1) < n_prompt + n_next:
@@ -158,32 +144,15 @@ def code() -> dict[str, str]:
 # Tasks with an answer: each takes a seed, and returns (context, question, answer)
 
 
-def hide(rng: random.Random, facts: list[str], n_chars: int = 1600) -> str:
-    """Puts the facts, in their order, between lines of n_chars from a page of the Python language reference."""
+def needle(seed: int, n_chars: int = 1600) -> tuple[str, str, str]:
+    """Seven digits in a haystack (RULER's niah_single, arXiv 2404.06654), n_chars of the Python language reference."""
+    rng = random.Random(seed)
+    thing, digits = rng.choice(THINGS), "".join(rng.choices("0123456789", k=7))
     page = rng.choice([topic for topic in sorted(topics.values()) if len(topic) > 2 * n_chars])
     start = rng.randrange(len(page) - n_chars)
     lines = page[start : start + n_chars].split("\n")
-    for fact, at in zip(facts[::-1], sorted(rng.sample(range(1, len(lines)), len(facts)), reverse=True), strict=True):
-        lines.insert(at, fact)
-    return "\n".join(lines)
-
-
-def number(rng: random.Random, n_digits: int) -> str:
-    return "".join(rng.choices("0123456789", k=n_digits))
-
-
-def needle(seed: int, n_needles: int = 1, n_chars: int = 1600) -> tuple[str, str, str]:
-    """Seven digits in a haystack (as RULER's niah_single and, with more needles, niah_multikey; arXiv 2404.06654)."""
-    rng = random.Random(seed)
-    numbers = {thing: number(rng, 7) for thing in rng.sample(THINGS, n_needles)}
-    facts = [f"The special magic number for {thing} is {digits}." for thing, digits in numbers.items()]
-    thing, digits = rng.choice(list(numbers.items()))
-    return hide(rng, facts, n_chars), f"\n\nThe special magic number for {thing} is", f" {digits}."
-
-
-def needles(seed: int) -> tuple[str, str, str]:
-    """Four needles, one of them asked for."""
-    return needle(seed, 4)
+    lines.insert(rng.randrange(1, len(lines)), f"The special magic number for {thing} is {digits}.")
+    return "\n".join(lines), f"\n\nThe special magic number for {thing} is", f" {digits}."
 
 
 def pattern(seed: int) -> tuple[str, str, str]:
@@ -193,19 +162,3 @@ def pattern(seed: int) -> tuple[str, str, str]:
     lines = [f"{name} likes the {thing}. -> The {thing} is liked by {name}." for name, thing in pairs]
     question, answer = lines.pop().split(" ->")
     return "\n".join(lines), f"\n{question} ->", answer
-
-
-def table(seed: int) -> tuple[str, str, str]:
-    """Key-value recall: twenty pairs, one of them asked for."""
-    rng = random.Random(seed)
-    pairs = [f'"{thing}": "{number(rng, 4)}"' for thing in rng.sample(THINGS, 20)]
-    key, value = rng.choice(pairs).split(' "')
-    return "\n".join(pairs), f"\n\n{key}", f' "{value}'
-
-
-def variables(seed: int) -> tuple[str, str, str]:
-    """Variable tracking in a haystack (as RULER's vt): a value, and a name that refers to another one."""
-    rng = random.Random(seed)
-    (first, second), value = rng.sample(THINGS, 2), number(rng, 5)
-    facts = [f"The value of {first} is {value}.", f"The value of {second} is the value of {first}."]
-    return hide(rng, facts), f"\n\nThe value of {second} is the value of {first}, which is", f" {value}."
