@@ -2,39 +2,36 @@
 
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from generate import Tokenizer, checkpoint_folder, default_device, default_dtype
 from gvote import GVote
-from model import KVCache, Llama
+from model import KVCache
+from speed import DEVICE, load
 
 WAYS = ("full cache", "GVote, layer by layer", "GVote, after the last layer")
 
 
 def resident(name: str) -> int:
     """Bytes: what the process has now (VmRSS) or had at most (VmHWM); on CUDA, what torch allocated."""
-    if default_device().type == "cuda":
+    if DEVICE.type == "cuda":
         return {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}[name]()
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 
 def main(way: str, n_tokens: int):
-    device = default_device()
-    model = Llama.from_pretrained(checkpoint_folder(), default_dtype(device), device)
-    ids = Tokenizer(checkpoint_folder()).encode(topics["compound"], chat=False)[:, :n_tokens].to(device)
-    full = []
+    model, ids = load()
+    ids, full = ids[:, :n_tokens], []
 
     def compress_later(attn, hidden, keys, values):
         full.append((attn.layer, keys, values, GVote()(attn, hidden, keys, values)))
         return torch.zeros_like(full[-1][-1])
 
     model(ids[:, :16], KVCache(model.config))  # warm up
-    if device.type == "cuda":
+    if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far: loading the model takes more

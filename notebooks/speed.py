@@ -1,11 +1,12 @@
 """How fast is a token? Every ratio sets two things against each other: in turns, in one process, on real text.
 
-python notebooks/speed.py         the table, with the device's name; about ten minutes on 2 cores
+python notebooks/speed.py         two tables, with the device's name; about five minutes on 2 cores
 """
 
 import argparse
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # no traceback, also while torch is being imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
 import torch
@@ -26,6 +29,7 @@ from model import KVCache, Llama
 DEVICE = default_device()
 DTYPE = default_dtype(DEVICE)
 EAGER = nn.Module.__call__
+CONTEXTS = [512, 1024, 2048, 4096, 8192 - 64]
 
 
 def device_name() -> str:
@@ -36,23 +40,22 @@ def device_name() -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def race(n_repeats: int, *steps) -> list[list[float]]:
-    """Seconds of each step in n_repeats rounds, in which the steps take turns. Two rounds before these do not count."""
+def race(n_repeats: int, *steps, n_warm: int = 2) -> list[list[float]]:
+    """Seconds of each step in n_repeats rounds, in which the steps take turns. Rounds to warm up do not count."""
     seconds = [[] for _ in steps]
-    for _ in range(n_repeats + 2):
+    for _ in range(n_warm + n_repeats):
         for step, times in zip(steps, seconds, strict=True):
             start = now(DEVICE)
             step()
             times.append(now(DEVICE) - start)
-    return [times[2:] for times in seconds]
+    return [times[n_warm:] for times in seconds]
 
 
-def show(what: str, seconds: list[list[float]]):
-    """One line: how many times as fast as the first step the second is; the median of the rounds, and their range."""
-    slow, fast = seconds
+def compare(slow: list[float], fast: list[float]) -> str:
+    """Median times, and how many times as fast the second is: the median of the rounds, and their range."""
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
-    times = f"{1000 * median(slow):8.1f} ms {1000 * median(fast):8.1f} ms"
-    print(f"{what:66}{times}  {median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})", flush=True)
+    times = f"{1000 * median(slow):7.1f} ms {1000 * median(fast):7.1f} ms"
+    return f"{times}  {median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
 
 
 def read(model: Llama, ids: Tensor, policy=None, n: int = 1) -> KVCache:
@@ -115,56 +118,86 @@ def compile_seconds() -> list[float]:
         for _ in range(2):
             command = [sys.executable, "-c", "import speed; print(speed.first_compiled_token())"]
             env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-            done = subprocess.run(command, cwd=Path(__file__).parent, env=env, stdout=subprocess.PIPE, text=True)
+            settings = dict(env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C ends us, we it
+            done = subprocess.run(command, cwd=Path(__file__).parent, **settings)
             seconds.append(float(done.stdout))
     return seconds
 
 
-@torch.no_grad()
-def table(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
-    print(f"{device_name()}; {DTYPE}; torch {torch.__version__}".replace("torch.", "", 1))
-    print("first compiled token of a process: {:.1f} s, of a later one: {:.1f} s".format(*compile_seconds()))
-    print(f"{'one token, if not said otherwise':66}{'first':>11} {'second':>11}  times as fast (range)")
-    folder, compiled = checkpoint_folder(), compiled_call(DEVICE)
-    model, tokenizer = Llama.from_pretrained(folder, DTYPE, DEVICE), Tokenizer(folder)
+def load() -> tuple[Llama, Tensor]:
+    """The default model, and the longest prompt (1, T) that leaves it 64 tokens of its context."""
+    model, tokenizer = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE), Tokenizer(checkpoint_folder())
     text = "".join(topics[name] for name in ("objects", "import", "compound"))
-    ids = tokenizer.encode(text, chat=False)[:, :n_long].to(DEVICE)
+    return model, tokenizer.encode(text, chat=False)[:, : model.config.context_length - 64].to(DEVICE)
 
-    for length in (128, 1024, n):
-        cache, (theirs, their_token) = read(model, ids[:, :length]), hugging_face(ids[:, :length])
+
+@torch.no_grad()
+def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 11) -> tuple[dict, dict]:
+    """The full cache against GVote's, eager and compiled: one token after prompts of several lengths, all in turns.
+
+    Prints a table. Returns the seconds of all rounds by (context, "eager" or "compiled", "full" or "GVote"), and the
+    caches by (context, "full" or "GVote").
+    """
+    caches, shares, compiled = {}, {}, compiled_call(DEVICE)
+    for n in contexts:
+        gvote, start = Timed(GVote()), now(DEVICE)
+        full, kept = (KVCache(model.config, max_new_tokens=64) for _ in range(2))
+
+        def fill_both(attn, hidden, keys, values, full=full, gvote=gvote):  # one reading serves both caches
+            full.fill(attn.layer, keys, values, torch.ones_like(keys[..., 0], dtype=torch.bool))
+            return gvote(attn, hidden, keys, values)
+
+        model(ids[:, :n], kept, fill_both)
+        full.advance(n)
+        shares[n] = gvote.seconds / (now(DEVICE) - start)
+        caches |= {(n, "full"): full, (n, "GVote"): kept}
+    calls = {"eager": EAGER, "compiled": compiled}
+    steps = {(n, how, way): one_token(model, cache, calls[how]) for how in calls for (n, way), cache in caches.items()}
+    seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
+    print("tokens   GVote keeps, takes of the prefill            full      GVote   times as fast (range)")
+    for n in contexts:
+        for how in calls:
+            share = f"{caches[n, 'GVote'].usage:13.0%}{shares[n]:22.1%}" if how == "eager" else " " * 35
+            slow, fast = seconds[n, how, "full"], seconds[n, how, "GVote"]
+            print(f"{n:6}{share} {how:>9} {compare(slow, fast)}", flush=True)
+    return seconds, caches
+
+
+@torch.no_grad()
+def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
+    """Our decoding and prefill against transformers' and kvpress'. Prints a table."""
+    print("first compiled token of a process: {:.1f} s, of a later one: {:.1f} s".format(*compile_seconds()))
+    compiled = compiled_call(DEVICE)
+
+    def show(what: str, slow: list[float], fast: list[float]):
+        print(f"{what:66}{compare(slow, fast)}", flush=True)
+
+    print(f"{'one token, if not said otherwise':66}     first     second   times as fast (range)")
+    for length in (128, n):
+        full, (theirs, their_token) = read(model, ids[:, :length]), hugging_face(ids[:, :length])
         for name, call in (("ours", EAGER), ("ours compiled", compiled)):
-            seconds = race(n_repeats, their_token, one_token(model, cache, call))
-            show(f"{length} tokens, full cache: transformers, {name}", seconds)
-    for length, batch_size in ((n_long, 1), (n, 8)):
-        full, gvote = (read(model, ids[:, :length], policy, batch_size) for policy in (None, GVote()))
-        prompts = f", {batch_size} prompts" if batch_size > 1 else ""
-        for name, call in (("", EAGER), (", compiled", compiled)):
-            seconds = race(n_repeats, one_token(model, full, call), one_token(model, gvote, call))
-            show(f"{length} tokens{prompts}{name}: full, GVote ({gvote.usage:.0%} kept)", seconds)
-    del full, gvote
-
-    if DTYPE == torch.float32:
-        half = Llama.from_pretrained(folder, torch.bfloat16, DEVICE)
-        caches = read(model, ids[:, :n]), read(half, ids[:, :n])
-        for name, call in (("", EAGER), (", compiled", compiled)):
-            seconds = race(n_repeats, one_token(model, caches[0], call), one_token(half, caches[1], call))
-            show(f"{n} tokens, full cache{name}: float32, bfloat16", seconds)
-        del half, caches
+            seconds = race(n_repeats, their_token, one_token(model, full, call))
+            show(f"{length} tokens, full cache: transformers, {name}", *seconds)
+    caches = [read(model, ids[:, :n], policy, 8) for policy in (None, GVote())]
+    for name, call in (("", EAGER), (", compiled", compiled)):
+        seconds = race(n_repeats, *(one_token(model, cache, call) for cache in caches))
+        show(f"{n} tokens, 8 prompts{name}: full, GVote ({caches[1].usage:.0%} kept)", *seconds)
+    del caches
     from kvpress import AdaKVPress, ExpectedAttentionPress
 
     _, step = hugging_face(ids[:, :n], AdaKVPress(ExpectedAttentionPress(0.5)))
-    gvote = read(model, ids[:, :n], GVote())
-    show(f"{n} tokens: kvpress' AdaKV (50% masked), GVote", race(n_repeats, step, one_token(model, gvote)))
+    gvote = one_token(model, read(model, ids[:, :n], GVote()))
+    show(f"{n} tokens: kvpress' AdaKV (50% masked), GVote", *race(n_repeats, step, gvote))
 
     timed = []
 
-    def with_gvote():
+    def prefill():
         timed.append(Timed(GVote()))
         model(ids[:, :n], KVCache(model.config), timed[-1])
 
-    seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), with_gvote)
-    show(f"{n} tokens, prefill: transformers, ours with GVote", seconds)
-    shares = [gvote.seconds / total for gvote, total in zip(timed[2:], seconds[1], strict=True)]
+    seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), prefill, n_warm=1)
+    show(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
+    shares = [gvote.seconds / total for gvote, total in zip(timed[1:], seconds[1], strict=True)]
     print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
     timed, start = Timed(PeakVotes()), now(DEVICE)
     model(ids[:, :n], KVCache(model.config), timed)
@@ -173,7 +206,7 @@ def table(n: int = 4096, n_long: int = 8192 - 64, n_repeats: int = 11):
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    try:
-        table()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    print(f"{device_name()}; {DTYPE}; torch {torch.__version__}".replace("torch.", "", 1))
+    model, ids = load()
+    by_context(model, ids, CONTEXTS)
+    side_by_side(model, ids)
