@@ -6,11 +6,11 @@ Gaussian. So draw some, let each select the keys it needs, and keep every key th
 
     1. fit_gaussian     mean and standard deviation of the prompt's hidden states, channel by channel
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
-    3. top_p_mask       each query selects its nucleus: the fewest keys that hold `top_p` of its attention
+    3. top_p_mask       each query selects its nucleus: the fewest keys that hold at least `top_p` of its attention
     4. GVote            each key/value head keeps the union of what its samples selected
 
-How many keys a head keeps is set nowhere: it is what comes out. In step 3 the paper has one rule more, by which all
-samples of a head select equally many keys: budget="current_query", see `GVote`. `PeakVotes`, below, is our variant.
+How many keys a head keeps is set nowhere: it is what comes out. In the paper's own step 3 all samples of a head select
+equally many keys: budget="current_query", see `GVote`. `PeakVotes`, below, is a variant of ours.
 
 Shapes: B prompts, T tokens, C channels; H query heads and H_kv key/value heads, each shared by a group of G = H / H_kv
 query heads; D channels a head; S samples, so G * S of them vote on the keys of one key/value head.
@@ -42,7 +42,7 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_generator(attn: nn.Module, seed: int) -> torch.Generator:
-    """A layer's own randomness. It is drawn on the CPU: so a prompt's samples are the same on any device."""
+    """A layer's own randomness. It is drawn on the CPU: so the noise is the same on any device."""
     return torch.Generator().manual_seed(int(1000 * seed + attn.layer) % 2**32)
 
 
@@ -66,14 +66,14 @@ def attention(queries: Tensor, keys: Tensor) -> Tensor:
 def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     """Step 3: the nucleus (Holtzman et al. 2020), the smallest set that sums to at least top_p over the last dim; bool.
 
-    The key that crosses top_p is in, so the set is never empty. Of equal keys the earlier ones go first. top_p=1 keeps
-    all, even keys of probability zero.
+    The key that crosses top_p is in, so the set is never empty. Of keys with equal probability the earlier ones go
+    first. top_p=1 keeps all, even those of probability zero.
     """
     if top_p == 1:
         return torch.ones_like(probs, dtype=torch.bool)
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
     needed = ranked.cumsum(dim=-1) - ranked < top_p  # what the better keys hold together does not reach top_p
-    needed[..., 0] = True  # the best key is in, however small top_p is
+    needed[..., 0] = True  # the best key is in, even where top_p is 0 in float32
     return torch.empty_like(needed).scatter_(-1, order, needed)
 
 
@@ -91,13 +91,14 @@ def check(top_p: float, n_samples: int, seed: int = 0, budget: str = "per_sample
 
 @dataclass(frozen=True)
 class GVote:
-    """Step 4, and the whole of GVote as a `Policy`. top_p and n_samples are what the paper recommends for its rule.
+    """Step 4, and the whole of GVote as a `Policy`.
 
     budget="per_sample" (this repo's default): each sample votes for its own nucleus.
     budget="current_query" (the paper's rule): the nucleus of the prompt's last query sets a size, and each sample votes
     for that many of its best keys. Query heads that share keys use the mean of their sizes, rounded up.
+    The paper recommends top_p=0.95 and 8 samples or more, for its rule.
 
-    Raises ValueError, with the value, for invalid settings and for shapes that do not fit each other.
+    Raises ValueError, with the value, for invalid settings, and where hidden and keys do not fit each other.
     """
 
     top_p: float = 0.95
@@ -121,7 +122,8 @@ class GVote:
         else:
             last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1], device=hidden.device))  # (B, H, 1, D)
             size = top_p_mask(attention(last, keys), self.top_p).sum(dim=-1, keepdim=True)  # (B, H_kv, G, 1)
-            rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # sorted twice: a key's place
+            order = probs.argsort(dim=-1, descending=True, stable=True)
+            rank = order.argsort(dim=-1)  # the place of each key in that order
             votes = rank < size.float().mean(dim=2, keepdim=True)  # the mean over the group; `<` rounds it up
         return votes.any(dim=2)
 
@@ -130,14 +132,16 @@ class GVote:
 class PeakVotes:
     """A variant of ours, not the paper's: the prompt's own tokens vote, and the strongest vote for a key counts.
 
-    Voters are the prompt's hidden states, as queries at the next position. So they see all keys, also those after their
-    own, for (a guess) what followed a word once is looked up when it comes again. Of more than n_samples tokens every
-    k-th votes, and a key's score is averaged over its k neighbours. A key stays if its score, the largest share of any
-    voter's attention, is at least 1 - top_p: one bar for all heads and layers.
+    Voters are the prompt's hidden states, as queries at the next position. They see all keys, also later ones than
+    their own: when a word returns, so the guess, the model looks up what followed it before. With k = ceil(T /
+    n_samples) every k-th token votes, counted from the last, and a key's score is averaged over k neighbours (k + 1
+    if k is even). A key stays if its score, the largest share of any voter's attention, is at least 1 - top_p: one bar
+    for all heads and layers, so a head may keep nothing.
 
-    Measured on SmolLM2-135M, prompts of up to 768 tokens (notebook 4): at 15% and 25% of the keys the KL on text and
-    code is half of KVzip's, which reads the prompt twice; at 25% it answers 11 of 12 needles, KVzip all, GVote none. It
-    costs 29% of the time in which 768 tokens are read and 21% for 4,096 (notebook 3), GVote's 8 draws 8% and 5%.
+    Measured on SmolLM2-135M (notebook 4: four texts, four modules of code, 12 needles): at 15% and 25% of the keys its
+    KL on text and code is about half of KVzip's, which reads the prompt twice. At 25% both answer all needles, at 15%
+    PeakVotes half of them and KVzip all; GVote answers none. It costs 35% of the time in which 768 tokens are read and
+    19% for 4,096 (notebook 3), GVote's 8 draws 8% and 5%.
     """
 
     top_p: float = 0.98
