@@ -90,7 +90,9 @@ def check_settings(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temper
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     if ids.size(-1) > config.context_length:
-        raise ValueError(f"{ids.size(-1)} tokens exceed the model's context of {config.context_length}")
+        raise ValueError(
+            f"{ids.size(-1)} tokens exceed the model's context of {config.context_length}: shorten the prompt"
+        )
 
 
 def compiled_call(device: torch.device) -> Callable:
@@ -364,10 +366,11 @@ def chart(cache: KVCache) -> str:
 
 
 def show_kept(cache: KVCache, tokenizer: Tokenizer, ids: Tensor):
-    """Prints the prompt; the lighter a token, or the higher the bar below it, the more of all heads kept its key."""
+    """Prints the prompt, and for each token how many of all heads kept its key: as a shade, or as a bar below."""
     positions = torch.cat([table.positions for table in cache.layers]).cpu()
     share = (positions.bincount(minlength=ids.size(1)) / cache.kept.numel()).tolist()
     words = [tokenizer.tokenizer.decode([token], skip_special_tokens=False) for token in ids[0].tolist()]
+    print("the prompt; the lighter a token, or the higher the bar below it, the more heads kept its key")
     if sys.stdout.isatty():
         shades = (f"\x1b[48;5;{232 + int(23 * s)};38;5;{15 if s < 0.5 else 16}m" for s in share)
         print(
@@ -412,7 +415,9 @@ def parse_args(methods: Collection[str]) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32"
     )
     parser.add_argument("--device", help="default: cuda or mps where there is one, else cpu")
-    parser.add_argument("--compile", action="store_true", help="faster tokens, after half a minute for torch.compile")
+    parser.add_argument(
+        "--compile", action="store_true", help="faster tokens, after up to half a minute for torch.compile"
+    )
     parser.add_argument("--raw", action="store_true", help="do not use the model's chat template")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")  # one line, not the usage
     return parser.parse_args()
@@ -434,9 +439,9 @@ def main():
     if args.samples is not None and not 1 <= args.samples <= 1024:
         raise ValueError(f"--samples must be from 1 to 1024, got {args.samples}")
     settings = {"seed": args.seed} | ({"n_samples": args.samples} if args.samples else {})
-    policies = {name: None if name == "full" else make(name) for name in args.policy}
+    policies = {name: make(name) for name in args.policy}
     for name, policy in policies.items():
-        if policy:
+        if hasattr(policy, "seed"):  # it draws
             known = {field.name for field in fields(policy)} & settings.keys()
             policies[name] = replace(policy, **{setting: settings[setting] for setting in known})
     try:
@@ -463,14 +468,15 @@ def main():
     check_settings(config, ids, args.max_new_tokens, args.temperature)
     model = load(lambda folder: Llama.from_pretrained(folder, dtype, device), args.model, folder)
     if args.compile:
-        print("compiling: half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)
+        print("compiling: up to half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)
     args.call = compiled_call(device) if args.compile else nn.Module.__call__
     # the first pass is slower than those after it, compiled or not: that is not the first policy's fault
     for _ in generate(model, ids[:, :1024], 3, call=args.call):
         pass
 
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
-    print(question or "")
+    if question:
+        print(question)
     width = max(map(len, policies)) + 2
     table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'policy s':>10}{'tokens/s':>10}"
     for name, policy in policies.items():

@@ -845,13 +845,15 @@ def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
 
 
 def test_methods_are_made_from_their_names():
+    assert baselines.make("full") is None
     assert baselines.make("gvote") == GVote() and baselines.make("peak_votes:0.9") == PeakVotes(0.9)
     assert baselines.make("adakv_snapkv:0.5") == baselines.AdaKV(baselines.SnapKV(0.5))
     assert baselines.make("gvote_current_query") == GVote(budget="current_query")
     for name in baselines.METHODS:
         assert baselines.make(f"{name}:0.5")
     for text, match in [
-        ("half:0.5", "there is no method 'half', only gvote, gvote_current_query, .*, random$"),
+        ("half:0.5", "there is no method 'half:0.5', only full, gvote, gvote_current_query, .*, random$"),
+        ("full:0.5", "there is no method 'full:0.5', only full, gvote"),
         ("h2o", "h2o needs the share of keys to keep, as in h2o:0.5"),
         ("h2o:", "the level in 'h2o:' is not a number"),
         ("kvzip:nan", r"share must be in \(0, 1\], got nan"),

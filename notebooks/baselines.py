@@ -270,14 +270,17 @@ METHODS = {  # each makes a method from its level: top_p of the first three, of 
 }
 
 
-def make(text: str) -> Policy | KVzip:
+def make(text: str) -> Policy | KVzip | None:
     """The method that text names, with its level after a colon: "h2o:0.5". Those with a top_p have a default for it.
+    None is the full cache, "full".
 
     Raises ValueError for an unknown method, a missing level, and one that makes no sense.
     """
     name, colon, level = text.partition(":")
+    if text == "full":
+        return None
     if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}, only {', '.join(METHODS)}")
+        raise ValueError(f"there is no method {text!r}, only full, {', '.join(METHODS)}")
     if not colon and name not in ("gvote", "gvote_current_query", "peak_votes"):
         raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5")
     try:

@@ -278,7 +278,7 @@ def main():
     parser.add_argument("--out", type=Path, default="results/benchmarks.jsonl", help="default: %(default)s")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     args = parser.parse_args()
-    method = None if args.method == "full" else make(args.method)
+    method = make(args.method)
 
     examples = read_lines(args.data, lambda raw: BENCHMARKS[args.benchmark](args.data, raw))
     if not examples:
