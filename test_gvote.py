@@ -1150,7 +1150,7 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     assert failed.returncode == 1 and re.fullmatch("error: .*No such file .*none.jsonl.*\n", failed.stderr)
     for args, match in [
         (["gsm8k", os.devnull], "is empty"),
-        (["ruler", data, "--method", "half:0.5"], "there is no method 'half', only gvote, .*, random"),
+        (["ruler", data, "--method", "half:0.5"], "there is no method 'half:0.5', only full, gvote, .*, random"),
     ]:
         with pytest.raises(ValueError, match=match):
             run_here(*args)
@@ -1226,12 +1226,14 @@ def test_command_reads_a_file_and_standard_input(tmp_path):
 
 
 def test_command_compares_policies_and_shows_what_they_kept(tmp_path):
-    args = ["Of cats and\ndogs.", "--policy", "gvote:0.8", "kvzip:0.5", "--samples", "4", "--show-kept", "--raw"]
+    policies = ["gvote:0.8", "kvzip:0.5", "peak_votes"]
+    args = ["Of cats and\ndogs.", "--policy", *policies, "--samples", "4", "--show-kept", "--raw"]
     done = command(*args, "--max-new-tokens", "2", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "GVote(top_p=0.8, n_samples=4, seed=0" in done.stdout and "KVzip(share=0.5" in done.stdout
+    assert "PeakVotes(top_p=0.98, n_samples=1024)" in done.stdout  # --samples is GVote's
     shown = re.findall(r"^Of cats and\n([▁▂▃▄▅▆▇█]{11})\ndogs.\n([▁▂▃▄▅▆▇█]{5})$", done.stdout, re.M)
-    assert len(shown) == 2 and shown[0] != shown[1]
+    assert len(shown) == 3 and shown[0] != shown[1]
     assert re.search(r"^gvote:0.8 +\d+%", done.stdout, re.M) and re.search(r"^kvzip:0.5 +50%", done.stdout, re.M)
 
 
@@ -1250,7 +1252,7 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
         (["hi", "--policy", "gvote:0"], "top_p must be a number in"),
         (["hi", "--policy", "gvote:nan"], "top_p must be a number in"),
         (["hi", "--policy", "h2o"], "h2o needs the share of keys to keep"),
-        (["hi", "--policy", "full", "half"], "there is no method 'half', only gvote, .*"),
+        (["hi", "--policy", "full", "half"], "there is no method 'half', only full, gvote, .*"),
         (["hi", "--samples", "0"], "--samples must be from 1 to 1024, got 0"),
         (["hi", "--samples", "1000000000"], "--samples must be from 1 to 1024"),
         (["hi", "--max-new-tokens", "-5"], "max_new_tokens must be at least 1, got -5"),
