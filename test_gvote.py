@@ -223,7 +223,7 @@ def test_shapes_that_do_not_fit_are_named(hidden, keys):
 
 
 @pytest.mark.parametrize(
-    "n_tokens, n_samples, every, bar", [(40, 64, 1, 0.2), (40, 20, 2, 0.2), (40, 19, 3, 0.2), (3000, 200, 15, 0.01)]
+    "n_tokens, n_samples, every, bar", [(40, 64, 1, 0.2), (40, 20, 2, 0.2), (40, 19, 3, 0.2), (3000, 200, 15, 0.03)]
 )
 def test_peak_votes_step_by_step(n_tokens, n_samples, every, bar):
     group = TINY.n_head // TINY.n_kv_head
@@ -240,7 +240,7 @@ def test_peak_votes_step_by_step(n_tokens, n_samples, every, bar):
                     votes = (keys[b, kv_head] @ query / math.sqrt(TINY.head_dim)).softmax(dim=0)
                     peak = torch.maximum(peak, votes)
             near = [peak[max(0, i - every // 2) : i + every // 2 + 1] for i in range(n_tokens)]
-            score = torch.stack([window.mean() for window in near])
+            score = torch.stack([window.max() for window in near])
             clear = (score - bar).abs() > 1e-6
             assert torch.equal(keep[b, kv_head][clear], (score > bar)[clear]) and clear.float().mean() > 0.99
         assert 0.1 < keep.float().mean() < 0.9
