@@ -7,8 +7,8 @@ from torch import Tensor
 from model import KVCache, Llama
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
-BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 
 plt.rcParams.update(
