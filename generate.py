@@ -404,7 +404,8 @@ def parse_args(methods: Collection[str]) -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
     parser.add_argument(
         "--policy", nargs="+", default=["full", "gvote", "peak_votes"], metavar="NAME[:LEVEL]",
-        help=f"after the prompt; full, {', '.join(methods)}; the level: top_p or the share to keep (default: full gvote peak_votes)",
+        help=f"after the prompt: full, {', '.join(methods)}; the level: top_p, or the share to keep "
+        "(default: full gvote peak_votes)",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, metavar="N", help="queries that GVote samples (default: 8)")
     parser.add_argument("--show-kept", action="store_true", help="print the prompt, shaded by what was kept")
