@@ -1,5 +1,7 @@
 """What the notebooks share: the style of their pictures, and a look at what each layer hands to a policy."""
 
+import os
+
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
@@ -27,8 +29,9 @@ plt.rcParams.update(
 
 
 def save(figure, name: str):
-    """Writes a picture that README.md shows."""
-    figure.savefig(f"notebooks/images/{name}.png", dpi=110)
+    """Writes a picture that README.md shows, but not one from a short run."""
+    if not os.environ.get("GVOTE_FAST"):
+        figure.savefig(f"notebooks/images/{name}.png", dpi=110)
 
 
 def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
