@@ -434,7 +434,7 @@ def load(what: Callable, name: str, folder: Path):
 
 def main():
     sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
-    from baselines import METHODS, for_prompt, make
+    from baselines import METHODS, check_length, for_prompt, make
 
     args = parse_args(METHODS)
     if args.samples is not None and not 1 <= args.samples <= 1024:
@@ -467,10 +467,8 @@ def main():
     text.encode()  # a ValueError for arguments that are not UTF-8
     ids = tokenizer.encode(text, chat=not args.raw).to(device)
     check_settings(config, ids, args.max_new_tokens, args.temperature)
-    for name, policy in policies.items():
-        window = getattr(getattr(policy, "policy", policy), "window", 0)  # SnapKV's, also inside AdaKV
-        if ids.size(1) <= window:
-            raise ValueError(f"{name} needs a prompt of more than {window} tokens, got {ids.size(1)}")
+    for policy in policies.values():
+        check_length(policy, ids.size(1))
     model = load(lambda folder: Llama.from_pretrained(folder, dtype, device), args.model, folder)
     if args.compile:
         print("compiling: up to half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)

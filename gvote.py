@@ -143,8 +143,8 @@ class PeakVotes:
     Measured on SmolLM2-135M (notebook 4: four texts, four modules of code, 12 needles, which are numbers hidden in a
     text): held to 15% or 25% of the keys, its KL divergence from the full cache on text and code is about half of that
     of KVzip, which reads the prompt twice. At 25% both find all needles, at 15% PeakVotes 8 and KVzip 12; GVote finds
-    none with half of the keys. At its own top_p it keeps 23% to 30% and finds all. To choose takes 39% of the time in
-    which 768 tokens are read, and 25% for 4,096 (notebook 3; an Intel Xeon); GVote's choice takes 13% and 9%.
+    none with half of the keys. At its own top_p it keeps 23% to 30% and finds all. To choose takes 40% of the time in
+    which 768 tokens are read, and 25% for 4,096 (notebook 3; an Intel Xeon); GVote's choice takes 12% and 9%.
     """
 
     top_p: float = 0.98

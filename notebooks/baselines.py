@@ -112,8 +112,7 @@ class SnapKV(FixedBudget):
 
     def scores(self, attn, hidden, keys, values):
         n_tokens = keys.size(2)
-        if n_tokens <= self.window:
-            raise ValueError(f"SnapKV needs a prompt of more than window={self.window} tokens, got {n_tokens}")
+        check_length(self, n_tokens)
         observed = observed_attention(attn, hidden, keys, n_tokens - self.window, n_tokens)
         scores = observed.mean(dim=(2, 3))[..., : -self.window]
         scores = F.avg_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)
@@ -164,6 +163,13 @@ class AdaKV:
         safe = keep_best(scores, max(1, int(self.floor * n_keep)))
         scores = scores.masked_fill(safe, math.inf).flatten(1)  # (B, H_kv * T)
         return keep_best(scores, n_keep * keys.size(1)).view_as(safe)
+
+
+def check_length(method: Policy, n_tokens: int):
+    """Raises ValueError for a prompt too short for the method: for SnapKV, also inside AdaKV."""
+    policy = method.policy if isinstance(method, AdaKV) else method
+    if isinstance(policy, SnapKV) and n_tokens <= policy.window:
+        raise ValueError(f"SnapKV needs a prompt of more than {policy.window} tokens, got {n_tokens}")
 
 
 def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n_sink: int) -> Tensor:
