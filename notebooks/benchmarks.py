@@ -1,12 +1,13 @@
-"""The paper's benchmarks, GSM8K, RULER and LongBench, from local JSONL files in the formats they are published in.
+"""The paper's benchmarks, GSM8K, RULER and LongBench, from local JSONL files in the formats they are
+published in.
 
 python notebooks/benchmarks.py gsm8k test.jsonl --model meta-llama/Llama-3.1-8B-Instruct --method gvote:0.95
 python notebooks/benchmarks.py ruler 4096/data/niah_single_1/validation.jsonl --method full
 python notebooks/benchmarks.py longbench LongBench/data/qasper.jsonl --method snapkv:0.5
 
-A method has its level after a colon: top_p of GVote and PeakVotes, the share of keys that any other keeps.
-Every finished example is a line in --out, with its settings: one file can take all runs. Whatever stopped a run, the
-same command goes on where it was. Answers are greedy.
+A method has its level after a colon: top_p of GVote, the bar of PeakVotes, the share of keys that any other
+keeps. Every finished example is a line in --out, with its settings: one file can take all runs. Whatever
+stopped a run, the same command goes on where it was. Answers are greedy.
 """
 
 import argparse
@@ -31,8 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, KVzip, for_prompt, make
-from generate import DEFAULT, Tokenizer, checkpoint_folder, default_device, default_dtype, generate
+from baselines import METHODS, KVzip, for_prompt
+from generate import (
+    DEFAULT,
+    checkpoint_folder,
+    default_device,
+    default_dtype,
+    encode,
+    generate,
+    load_tokenizer,
+    make_policy,
+    render,
+    stop_tokens,
+)
 from gvote import Policy
 from model import KVCache, Llama, read_json
 
@@ -64,12 +76,14 @@ def gsm8k(path: Path, raw: dict) -> Example:
 
 
 def last_number(text: str) -> float | None:
-    """Commas, a dollar sign and a full stop at the end do not matter: "$1,234.50." is 1234.5, and "42.00" is 42."""
+    """Commas, a dollar sign and a full stop at the end do not matter: "$1,234.50." is 1234.5, and "42.00" is
+    42."""
     numbers = re.findall(r"-?\$?[\d,]*\.?\d+", text)
     return float(re.sub("[$,]", "", numbers[-1])) if numbers else None
 
 
-# ---- RULER (github.com/NVIDIA/RULER: scripts/data/synthetic/constants.py, scripts/eval/synthetic/constants.py)
+# ---- RULER (github.com/NVIDIA/RULER: scripts/data/synthetic/constants.py,
+# scripts/eval/synthetic/constants.py)
 
 RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
@@ -77,12 +91,17 @@ RULER_MAX_NEW_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 def ruler(path: Path, raw: dict) -> Example:
     """The file's name says the task, or its folder's, as in niah_single_1/validation.jsonl.
 
-    The chat template goes around the input, and the answer's prefix after it. But an input that brings a template
-    (RULER writes it for every --model_template_type but base), or its prefix, as in older files, stays as it is.
+    The chat template goes around the input, and the answer's prefix after it. But an input that brings a
+    template (RULER writes it for every --model_template_type but base), or its prefix, as in older files,
+    stays as it is.
     """
-    names = [name for name in (path.stem, path.resolve().parent.name) if name.split("_")[0] in RULER_MAX_NEW_TOKENS]
+    names = [
+        name for name in (path.stem, path.resolve().parent.name) if name.split("_")[0] in RULER_MAX_NEW_TOKENS
+    ]
     if not names:
-        raise ValueError("neither the file nor its folder has the name of a task of RULER, such as niah_single_1 or vt")
+        raise ValueError(
+            "neither the file nor its folder has the name of a task of RULER, such as niah_single_1 or vt"
+        )
     kind, references = names[0].split("_")[0], [reference.lower() for reference in raw["outputs"]]
     combine = max if kind == "qa" else mean  # string_match_part, string_match_all
 
@@ -100,12 +119,14 @@ def ruler(path: Path, raw: dict) -> Example:
 def longbench(path: Path, raw: dict) -> Example:
     """Prompts and answer lengths are LongBench's own config/*.json, beside the data or in ../config.
 
-    Two details differ from pred.py: a long prompt is cut with the chat template already around it, up to the model's
-    context, and samsum's answer may begin with an empty line.
+    Two details differ from pred.py: a long prompt is cut with the chat template already around it, up to the
+    model's context, and samsum's answer may begin with an empty line.
     """
     dataset, answers, classes = raw["dataset"], raw["answers"], raw["all_classes"]
     if dataset not in LONGBENCH:
-        raise ValueError(f"{dataset!r} is none of LongBench's English and code datasets: {', '.join(LONGBENCH)}")
+        raise ValueError(
+            f"{dataset!r} is none of LongBench's English and code datasets: {', '.join(LONGBENCH)}"
+        )
     few_shot = dataset in ("trec", "triviaqa", "samsum")
 
     def score(answer: str) -> float:
@@ -132,14 +153,17 @@ def f1(n_same: int, n_answer: int, n_reference: int) -> float:
 
 def qa_f1(answer: str, reference: str, _) -> float:
     """F1 of the words, without case, punctuation and articles."""
-    texts = (text.lower().translate(str.maketrans("", "", string.punctuation)) for text in (answer, reference))
+    texts = (
+        text.lower().translate(str.maketrans("", "", string.punctuation)) for text in (answer, reference)
+    )
     a, b = (re.sub(r"\b(a|an|the)\b", " ", text).split() for text in texts)
     return f1((Counter(a) & Counter(b)).total(), len(a), len(b)) if a and b else 0.0
 
 
 def rouge_l(answer: str, reference: str, _) -> float:
-    """ROUGE-L of the package rouge 1.0.1, as LongBench calls it: F1 of the distinct words. Those in the longest common
-    subsequence of any two sentences are shared. Every full stop ends a sentence; an empty one is an empty word."""
+    """ROUGE-L of the package rouge 1.0.1, as LongBench calls it: F1 of the distinct words. Those in the
+    longest common subsequence of any two sentences are shared. Every full stop ends a sentence; an empty one
+    is an empty word."""
     a, b = ([part.split() or [""] for part in text.split(".") if part] for text in (answer, reference))
     shared = set()
     for x, y in itertools.product(a, b):
@@ -162,14 +186,15 @@ def classification(answer: str, reference: str, classes: list[str]) -> float:
 
 
 def count(answer: str, reference: str, _) -> float:
-    """The share of the answer's numbers that are the right one; for passage retrieval the 7 of "Paragraph 7"."""
+    """The share of the answer's numbers that are the right one; for passage retrieval the 7 of "Paragraph
+    7"."""
     numbers = re.findall(r"\d+", answer)
     return numbers.count(reference.removeprefix("Paragraph ")) / len(numbers) if numbers else 0.0
 
 
 def code_similarity(answer: str, reference: str, _) -> float:
-    """Of the first line without a comment or a fence, in whole percent. fuzzywuzzy uses difflib too, but not where
-    python-Levenshtein is installed: there the published scorer's figures differ a little."""
+    """Of the first line without a comment or a fence, in whole percent. fuzzywuzzy uses difflib too, but not
+    where python-Levenshtein is installed: there the published scorer's figures differ a little."""
     lines = (line for line in answer.lstrip("\n").split("\n") if not re.search("[`#]|//", line))
     return round(100 * difflib.SequenceMatcher(None, next(lines, ""), reference).ratio()) / 100
 
@@ -217,24 +242,27 @@ def finished(out: Path, settings: dict) -> dict[int, dict]:
     return {example: row for made_by, example, row in rows if made_by == settings}
 
 
-def answer(model: Llama, tokenizer: Tokenizer, method: Policy | KVzip | None, example: Example) -> tuple[str, float]:
-    """The greedy answer, and the share of the prompt's keys kept. Raises ValueError for a prompt that is too long."""
-    if example.chat and tokenizer.template:
-        text = tokenizer.render(example.prompt) + example.answer_prefix
-        ids = torch.tensor([tokenizer.tokenizer.encode(text, add_special_tokens=False).ids])
+def answer(model: Llama, tokenizer, stop: list[int], method: Policy | KVzip | None, example: Example):
+    """The greedy answer, and the share of the prompt's keys kept. Raises ValueError for a prompt that is too
+    long."""
+    if example.chat and tokenizer.chat_template:
+        text = render(tokenizer, example.prompt) + example.answer_prefix
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     else:
-        ids = tokenizer.encode(example.prompt + example.answer_prefix, chat=False)
+        ids = encode(tokenizer, example.prompt + example.answer_prefix, chat=False)
     room = model.config.context_length - example.max_new_tokens
     if ids.size(1) > room and not example.cut_middle:
-        raise ValueError(f"a prompt of {ids.size(1)} tokens leaves no room for an answer: at most {room} would fit")
+        raise ValueError(
+            f"a prompt of {ids.size(1)} tokens leaves no room for an answer: at most {room} would fit"
+        )
     if ids.size(1) > room:
         ids = torch.cat((ids[:, : room // 2], ids[:, -(room // 2) :]), dim=1)
     cache, tokens, text = KVCache(model.config, max_new_tokens=example.max_new_tokens), [], ""
     ids = ids.to(model.norm.weight.device)
     policy = for_prompt(method, model, tokenizer, ids)
-    for token in generate(model, ids, example.max_new_tokens, policy, stop=tokenizer.stop, cache=cache):
+    for token in generate(model, ids, example.max_new_tokens, policy, stop=stop, cache=cache):
         tokens.append(token)
-        text = tokenizer.tokenizer.decode(tokens)
+        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if example.first_line and "\n" in text.lstrip("\n"):
             break
     return text, cache.usage
@@ -250,13 +278,15 @@ def run(examples: list[Example], done: dict[int, dict], out: Path, settings: dic
                 done[number] = row | {"score": example.score(prediction), "kept": kept}
                 file.write(json.dumps(done[number]) + "\n")
                 file.flush()
-                bar.set_postfix_str(f"score {100 * mean(row['score'] for row in done.values()):.1f}", refresh=False)
+                bar.set_postfix_str(
+                    f"score {100 * mean(row['score'] for row in done.values()):.1f}", refresh=False
+                )
                 bar.update()
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and 1, which
-    scatter less than right and wrong do, it is wider than need be."""
+    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and
+    1, which scatter less than right and wrong do, it is wider than need be."""
     z = 1.96
     center, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return max(0.0, (center - half) / (1 + z**2 / n)), (center + half) / (1 + z**2 / n)
@@ -270,15 +300,21 @@ def summary(done: dict[int, dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("data", type=Path, help="a JSONL file as published")
-    parser.add_argument("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
-    parser.add_argument("--method", default="gvote", help=f"default: %(default)s; or full, {', '.join(METHODS)}")
+    parser.add_argument(
+        "--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--method", default="gvote", help=f"default: %(default)s; or full, {', '.join(METHODS)}"
+    )
     parser.add_argument("--out", type=Path, default="results/benchmarks.jsonl", help="default: %(default)s")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     args = parser.parse_args()
-    method = make(args.method)
+    method = make_policy(args.method, METHODS)
 
     examples = read_lines(args.data, lambda raw: BENCHMARKS[args.benchmark](args.data, raw))
     if not examples:
@@ -288,7 +324,9 @@ def main():
     settings = {
         "benchmark": args.benchmark,
         "task": examples[0].task,
-        "data": hashlib.sha256(args.data.read_bytes() + repr(examples).encode()).hexdigest()[:16],  # and the prompts
+        "data": hashlib.sha256(args.data.read_bytes() + repr(examples).encode()).hexdigest()[
+            :16
+        ],  # and the prompts
         "model": args.model,
         "method": args.method,
         "policy": repr(method),
@@ -297,8 +335,10 @@ def main():
     done = finished(args.out, settings)
     if len(done) < len(examples):
         folder = checkpoint_folder(args.model)
-        tokenizer, model = Tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
-        run(examples, done, args.out, settings, partial(answer, model, tokenizer, method))
+        tokenizer, model = load_tokenizer(folder), Llama.from_pretrained(folder, dtype, device)
+        run(
+            examples, done, args.out, settings, partial(answer, model, tokenizer, stop_tokens(folder), method)
+        )
     print(f"{settings['task']}, {args.method}: {summary(done)}")
 
 

@@ -1,4 +1,5 @@
-"""By how much does a fresh process grow while it reads a prompt? Run by notebook 3, once for each way to compress."""
+"""By how much does a fresh process grow while it reads a prompt? Run by notebook 3, once for each way to
+compress."""
 
 import sys
 from pathlib import Path

@@ -3,10 +3,9 @@
 import os
 
 import matplotlib.pyplot as plt
-import torch
 from torch import Tensor
 
-from model import KVCache, Llama
+from model import KVCache, Llama, keep_all
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -35,8 +34,9 @@ def save(figure, name: str):
 
 
 def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
-    """Names lines at the right of a picture, in their colours, instead of a legend. ends: height, name and colour of
-    each. The gap between two names, a share of the picture's height, is kept even where lines end together."""
+    """Names lines at the right of a picture, in their colours, instead of a legend. ends: height, name and
+    colour of each. The gap between two names, a share of the picture's height, is kept even where lines end
+    together."""
     to_axes = axis.transData + axis.transAxes.inverted()
     x = axis.get_xlim()[1]
     ends = sorted((to_axes.transform((x, y))[1], name, color) for y, name, color in ends)
@@ -51,12 +51,13 @@ def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
 
 
 def record(model: Llama, ids: Tensor) -> list[tuple]:
-    """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is given."""
+    """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is
+    given."""
     layers = []
 
-    def keep_all(attn, hidden, keys, values):
-        layers.append((attn, hidden, keys, values))
-        return torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    def look(*layer):
+        layers.append(layer)
+        return keep_all(*layer)
 
-    model(ids, KVCache(model.config, len(ids)), keep_all)
+    model(ids, KVCache(model.config, len(ids)), look)
     return layers

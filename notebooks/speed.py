@@ -1,4 +1,5 @@
-"""How fast is a token? Every ratio sets two things against each other: in turns, in one process, on real text.
+"""How fast is a token? Every ratio sets two things against each other: in turns, in one process, on real
+text.
 
 python notebooks/speed.py         two tables, with the device's name; about five minutes on 2 cores
 """
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,15 +22,15 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from generate import Timed, Tokenizer, checkpoint_folder, compiled_call, default_device, default_dtype, now
-from gvote import GVote, PeakVotes
-from model import KVCache, Llama
+from generate import checkpoint_folder, compiled_call, default_device, default_dtype, encode, load_tokenizer
+from gvote import GVote, PeakVotes, Policy
+from model import KVCache, Llama, keep_all
 
 DEVICE = default_device()
 DTYPE = default_dtype(DEVICE)
-EAGER = nn.Module.__call__
+EAGER = None
 CONTEXTS = [512, 1024, 2048, 4096, 8192 - 64]
 
 
@@ -36,18 +38,40 @@ def device_name() -> str:
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()
+    )
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def now() -> float:
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()  # else the clock is read while the device still works
+    return time.perf_counter()
+
+
+class Timed:
+    """Any policy, with its seconds counted."""
+
+    def __init__(self, policy: Policy):
+        self.policy, self.seconds = policy, 0.0
+
+    def __call__(self, attn, hidden, keys, values) -> Tensor:
+        start = now()
+        keep = self.policy(attn, hidden, keys, values)
+        self.seconds += now() - start
+        return keep
+
+
 def race(n_repeats: int, *steps, n_warm: int = 2) -> list[list[float]]:
-    """Seconds of each step in n_repeats rounds, in which the steps take turns. Rounds to warm up do not count."""
+    """Seconds of each step in n_repeats rounds, in which the steps take turns. Rounds to warm up do not
+    count."""
     seconds = [[] for _ in steps]
     for _ in range(n_warm + n_repeats):
         for step, times in zip(steps, seconds, strict=True):
-            start = now(DEVICE)
+            start = now()
             step()
-            times.append(now(DEVICE) - start)
+            times.append(now() - start)
     return [times[n_warm:] for times in seconds]
 
 
@@ -63,7 +87,7 @@ def read(model: Llama, ids: Tensor, policy=None, n: int = 1) -> KVCache:
     cache = KVCache(model.config, n, max_new_tokens=64)
 
     def fill(attn, hidden, keys, values):
-        keep = policy(attn, hidden, keys, values) if policy else torch.ones_like(keys[..., 0], dtype=torch.bool)
+        keep = (policy or keep_all)(attn, hidden, keys, values)
         cache.fill(attn.layer, *(x.expand(n, *x.shape[1:]) for x in (keys, values, keep)))
         return keep
 
@@ -105,20 +129,25 @@ def hugging_face(ids: Tensor, press=None):
 def first_compiled_token() -> float:
     """Seconds, of which nearly all go into compiling."""
     model = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE)
-    step = one_token(model, read(model, torch.zeros(1, 100, dtype=torch.long, device=DEVICE)), compiled_call(DEVICE))
-    start = now(DEVICE)
+    step = one_token(
+        model, read(model, torch.zeros(1, 100, dtype=torch.long, device=DEVICE)), compiled_call(DEVICE)
+    )
+    start = now()
     step()
-    return now(DEVICE) - start
+    return now() - start
 
 
 def compile_seconds() -> list[float]:
-    """Of the first compiled token in a new process: with an empty compiler's cache, and with the one it left."""
+    """Of the first compiled token in a new process: with an empty compiler's cache, and with the one it
+    left."""
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
             command = [sys.executable, "-c", "import speed; print(speed.first_compiled_token())"]
             env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-            settings = dict(env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)  # Ctrl-C ends us, we it
+            settings = dict(
+                env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )  # Ctrl-C ends us, we it
             done = subprocess.run(command, cwd=Path(__file__).parent, **settings)
             seconds.append(float(done.stdout))
     return seconds
@@ -126,33 +155,41 @@ def compile_seconds() -> list[float]:
 
 def load() -> tuple[Llama, Tensor]:
     """The default model, and the longest prompt (1, T) that leaves it 64 tokens of its context."""
-    model, tokenizer = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE), Tokenizer(checkpoint_folder())
+    model, tokenizer = (
+        Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE),
+        load_tokenizer(checkpoint_folder()),
+    )
     text = "".join(topics[name] for name in ("objects", "import", "compound"))
-    return model, tokenizer.encode(text, chat=False)[:, : model.config.context_length - 64].to(DEVICE)
+    return model, encode(tokenizer, text, chat=False)[:, : model.config.context_length - 64].to(DEVICE)
 
 
 @torch.no_grad()
 def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 11) -> tuple[dict, dict]:
-    """The full cache against GVote's, eager and compiled: one token after prompts of several lengths, all in turns.
+    """The full cache against GVote's, eager and compiled: one token after prompts of several lengths, all in
+    turns.
 
-    Prints a table. Returns the seconds of all rounds by (context, "eager" or "compiled", "full" or "GVote"), and the
-    caches by (context, "full" or "GVote").
+    Prints a table. Returns the seconds of all rounds by (context, "eager" or "compiled", "full" or "GVote"),
+    and the caches by (context, "full" or "GVote").
     """
     caches, shares, compiled = {}, {}, compiled_call(DEVICE)
     for n in contexts:
-        gvote, start = Timed(GVote()), now(DEVICE)
+        gvote, start = Timed(GVote()), now()
         full, kept = (KVCache(model.config, max_new_tokens=64) for _ in range(2))
 
         def fill_both(attn, hidden, keys, values, full=full, gvote=gvote):  # one reading serves both caches
-            full.fill(attn.layer, keys, values, torch.ones_like(keys[..., 0], dtype=torch.bool))
+            full.fill(attn.layer, keys, values, keep_all(attn, hidden, keys, values))
             return gvote(attn, hidden, keys, values)
 
         model(ids[:, :n], kept, fill_both)
         full.advance(n)
-        shares[n] = gvote.seconds / (now(DEVICE) - start)
+        shares[n] = gvote.seconds / (now() - start)
         caches |= {(n, "full"): full, (n, "GVote"): kept}
     calls = {"eager": EAGER, "compiled": compiled}
-    steps = {(n, how, way): one_token(model, cache, calls[how]) for how in calls for (n, way), cache in caches.items()}
+    steps = {
+        (n, how, way): one_token(model, cache, calls[how])
+        for how in calls
+        for (n, way), cache in caches.items()
+    }
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
     print("tokens   GVote keeps, takes of the prefill (once)     full      GVote   times as fast (range)")
     for n in contexts:
@@ -201,13 +238,15 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     show(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[1:], seconds[1], strict=True)]
     print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
-    timed, start = Timed(PeakVotes()), now(DEVICE)
+    timed, start = Timed(PeakVotes()), now()
     model(ids[:, :n], KVCache(model.config), timed)
-    print(f"PeakVotes' share, once: {timed.seconds / (now(DEVICE) - start):.1%}")
+    print(f"PeakVotes' share, once: {timed.seconds / (now() - start):.1%}")
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(f"{device_name()}; {DTYPE}; torch {torch.__version__}".replace("torch.", "", 1))
     model, ids = load()
     by_context(model, ids, CONTEXTS)

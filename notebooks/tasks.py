@@ -1,7 +1,8 @@
-"""What a compressed cache is tested on: real text that goes on, a needle in a haystack, a pattern with examples.
+"""What a compressed cache is tested on: real text that goes on, a needle in a haystack, a pattern with
+examples.
 
-Each task is a prompt, whose cache a policy compresses, and tokens that follow it. How far are the model's predictions
-of these from those with the full cache, and does it still know the answer?
+Each task is a prompt, whose cache a policy compresses, and tokens that follow it. How far are the model's
+predictions of these from those with the full cache, and does it still know the answer?
 """
 
 import inspect
@@ -13,7 +14,7 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from generate import Tokenizer
+from generate import encode
 from gvote import attention
 from model import KVCache, Llama
 from plots import record
@@ -28,7 +29,8 @@ NAMES = "Anna Ben Clara David Emma Frank Grace Henry Isabel Jack Kate Leo Mary N
 class Task:
     """A prompt (1, T), and the tokens after it (1, N), whose last n_answer are the answer.
 
-    The prompt is read once; `test` compresses its cache, in several ways, and reads the other tokens on top of each.
+    The prompt is read once; `test` compresses its cache, in several ways, and reads the other tokens on top
+    of each.
     """
 
     def __init__(self, model: Llama, prompt: Tensor, after: Tensor, n_answer: int):
@@ -50,17 +52,22 @@ class Task:
         self.full = self.predict([self.everything])[0]
 
     def predict(self, variants: list[list[Tensor]]) -> Tensor:
-        """Log probabilities (variants, n_scored, V) of the answer's tokens after variants of the prompt's cache: each
-        is a list of keep masks, one a layer. They are read as one batch."""
+        """Log probabilities (variants, n_scored, V) of the answer's tokens after variants of the prompt's
+        cache: each is a list of keep masks, one a layer. They are read as one batch."""
         cache = KVCache(self.model.config, len(variants), self.after.size(1))
         for (attn, _, keys, values), *masks in zip(self.layers, *variants, strict=True):
-            cache.fill(attn.layer, *(x.expand(len(masks), -1, -1, -1) for x in (keys, values)), torch.cat(masks))
+            cache.fill(
+                attn.layer, *(x.expand(len(masks), -1, -1, -1) for x in (keys, values)), torch.cat(masks)
+            )
         cache.advance(self.n_prompt)
-        logits = self.model(self.after[:, :-1].expand(len(variants), -1), cache, all_logits=True)[:, -self.n_scored :]
+        logits = self.model(self.after[:, :-1].expand(len(variants), -1), cache, all_logits=True)[
+            :, -self.n_scored :
+        ]
         return logits.float().log_softmax(dim=-1)
 
     def exact(self, log_probs: Tensor) -> bool:
-        """Is each token of the answer the likeliest one? Then greedy decoding gives the answer word for word."""
+        """Is each token of the answer the likeliest one? Then greedy decoding gives the answer word for
+        word."""
         return bool((log_probs.argmax(dim=-1) == self.after[0, -self.n_scored :]).all())
 
     def test(self, variants: list[list[Tensor]]) -> list[dict[str, float]]:
@@ -68,7 +75,8 @@ class Task:
 
         exact  1 if greedy decoding gives the answer word for word, else 0
         kl     divergence from the full cache's predictions, nats per token
-        held   share of the true future queries' attention to the prompt that falls on kept keys, mean of all heads
+        held   share of the true future queries' attention to the prompt that falls on kept keys, mean of all
+        heads
         """
         results, paid = [], torch.cat([true.mean(dim=2) for true in self.attention])  # (layers, H_kv, T)
         n = max(1, 512 // self.after.size(1))  # so many at a time: the weights are read once for all of them
@@ -91,7 +99,8 @@ def entry(probs: Tensor) -> Tensor:
 
 
 def keep_share(entries: list[Tensor], share: float) -> list[Tensor]:
-    """The keep masks of all layers, at one top_p that keeps this share of all keys; entries: by layer, of `entry`."""
+    """The keep masks of all layers, at one top_p that keeps this share of all keys; entries: by layer, of
+    `entry`."""
     flat = torch.cat([layer.flatten() for layer in entries])
     top_p = flat.kthvalue(int(share * len(flat))).values
     return [layer <= top_p for layer in entries]
@@ -106,17 +115,22 @@ def mean_interval(values: list[float]) -> tuple[float, float, float]:
     return mean(values), mean(values) - half, mean(values) + half
 
 
-def continuation(model: Llama, tokenizer: Tokenizer, text: str, n_prompt: int = 768, n_next: int = 64) -> Task:
-    """A text cut after n_prompt tokens; the answer is how it goes on. Raises ValueError if the text is too short."""
-    ids = tokenizer.encode(text, chat=False)[:, : n_prompt + n_next].to(model.norm.weight.device)
+def continuation(model: Llama, tokenizer, text: str, n_prompt: int = 768, n_next: int = 64) -> Task:
+    """A text cut after n_prompt tokens; the answer is how it goes on. Raises ValueError if the text is too
+    short."""
+    ids = encode(tokenizer, text, chat=False)[:, : n_prompt + n_next].to(model.norm.weight.device)
     if ids.size(1) < n_prompt + n_next:
         raise ValueError(f"the text has {ids.size(1)} tokens, {n_prompt + n_next} are needed")
     return Task(model, ids[:, :n_prompt], ids[:, n_prompt:], n_next)
 
 
-def recall(model: Llama, tokenizer: Tokenizer, texts: tuple[str, str, str], question_after: bool) -> Task:
+def recall(model: Llama, tokenizer, texts: tuple[str, str, str], question_after: bool) -> Task:
     """(context, question, answer) as a task. Is the question in the compressed prompt, or read after it?"""
-    context, question, answer = (tokenizer.encode(text, chat=False).to(model.norm.weight.device) for text in texts)
+    context = encode(tokenizer, texts[0], chat=False)
+    question, answer = (
+        tokenizer(t, add_special_tokens=False, return_tensors="pt").input_ids for t in texts[1:]
+    )
+    context, question, answer = (ids.to(model.norm.weight.device) for ids in (context, question, answer))
     if question_after:
         return Task(model, context, torch.cat((question, answer), dim=1), answer.size(1))
     return Task(model, torch.cat((context, question), dim=1), answer, answer.size(1))
@@ -138,14 +152,18 @@ def code() -> dict[str, str]:
     import tarfile
     import textwrap
 
-    return {module.__name__: inspect.getsource(module) for module in (argparse, datetime, difflib, tarfile, textwrap)}
+    return {
+        module.__name__: inspect.getsource(module)
+        for module in (argparse, datetime, difflib, tarfile, textwrap)
+    }
 
 
 # Tasks with an answer: each takes a seed, and returns (context, question, answer)
 
 
 def needle(seed: int, n_chars: int = 1600) -> tuple[str, str, str]:
-    """Seven digits in a haystack (RULER's niah_single, arXiv 2404.06654), n_chars of the Python language reference."""
+    """Seven digits in a haystack (RULER's niah_single, arXiv 2404.06654), n_chars of the Python language
+    reference."""
     rng = random.Random(seed)
     thing, digits = rng.choice(THINGS), "".join(rng.choices("0123456789", k=7))
     page = rng.choice([topic for topic in sorted(topics.values()) if len(topic) > 2 * n_chars])
