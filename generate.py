@@ -355,7 +355,8 @@ def show_kept(cache: KVCache, tokenizer, ids: Tensor):
     print("\nthe prompt, and the share of heads that kept each key:")
     line = marks = ""
     for character, share in [*legend, ("\n", 0), *characters(tokenizer, ids[0].tolist(), shares), ("\n", 0)]:
-        columns = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        wide = unicodedata.east_asian_width(character) in "WF"
+        columns = 0 if unicodedata.category(character) in ("Mn", "Me") else 1 + wide
         if character == "\n" or len(marks) + columns > 100:
             print(f"{line}\x1b[0m" if sys.stdout.isatty() else f"{line}\n{marks}")
             line = marks = ""
@@ -366,19 +367,18 @@ def show_kept(cache: KVCache, tokenizer, ids: Tensor):
 
 
 def characters(tokenizer, tokens: list[int], shares: list[float]) -> Iterator[tuple[str, float]]:
-    """The tokens' text, character by character, each with the mean share of the tokens that it takes. Control
-    characters become pictures, and what has no width of its own (accents, joiners) is left out."""
+    """The tokens' text, character by character, each with the mean share of the tokens that it takes."""
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
     first = 0
     for last in range(1, len(tokens) + 1):
         text = tokenizer.decode(tokens[first:last], clean_up_tokenization_spaces=False)
         if text.endswith("\ufffd") and last < len(tokens):
             continue  # a character of several tokens
         share, first = sum(shares[first:last]) / (last - first), last
-        for character in unicodedata.normalize("NFC", text):
-            kind = unicodedata.category(character)
-            if kind == "Cc" and character != "\n":
-                character = chr(0x2400 + ord(character)) if ord(character) < 32 else "\u2421"
-            if kind not in ("Mn", "Me", "Cf"):
+        for character in text.translate(pictures):
+            if (
+                character.isprintable() and character != "\ufe0f" or character == "\n"
+            ):  # the rest has no width
                 yield character, share
 
 
@@ -454,7 +454,8 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
     ):  # the first pass is slower than those after it
         pass
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
-    print(question or "")
+    if question:
+        print(question)
     width = max(map(len, policies)) + 2
     table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'tokens/s':>10}"
     for name, policy in policies.items():

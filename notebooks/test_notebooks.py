@@ -1,0 +1,855 @@
+"""The notebooks' helpers: baselines and press against kvpress, tasks and benchmarks against cases by hand."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import baselines
+import benchmarks
+import tasks
+from generate import (
+    DEFAULT,
+    POLICIES,
+    checkpoint_folder,
+    encode,
+    generate,
+    load_tokenizer,
+    make_policy,
+    render,
+)
+from gvote import GVote, PeakVotes, attention, top_p_mask
+from model import KVCache, Llama, LlamaConfig
+from plots import record
+from test_gvote import TINY, llama, random_ids, real_layers, tiny_llama, tokenizer  # noqa: F401, the fixtures
+
+# ---- baselines.py
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_baselines_keep_their_budget(share):
+    policies = [
+        baselines.Random(share),
+        baselines.KeyNorm(share),
+        baselines.StreamingLLM(share),
+        baselines.H2O(share),
+    ]
+    policies += [baselines.SnapKV(share, window=8), baselines.ExpectedAttention(share)]
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(300, batch_size=2)):
+        for policy in policies:
+            keep = policy(attn, hidden, keys, values)
+            assert keep.dtype == torch.bool and (keep.sum(dim=-1) == int(300 * share)).all()
+            shared = baselines.AdaKV(policy)(attn, hidden, keys, values)
+            assert (shared.sum(dim=(1, 2)) == int(300 * share) * TINY.n_kv_head).all()
+            assert (shared.sum(dim=-1) >= int(0.2 * int(300 * share))).all()
+    with pytest.raises(ValueError, match="got 0"):
+        baselines.KeyNorm(0)
+
+
+def test_streaming_llm_keeps_sinks_and_newest():
+    layer = record(tiny_llama(), random_ids(50))[0]
+    assert baselines.StreamingLLM(0.2)(*layer)[0, 1].nonzero().flatten().tolist() == [
+        0,
+        1,
+        2,
+        3,
+        *range(44, 50),
+    ]
+
+
+def test_h2o_keeps_newest_and_heavy_hitters():
+    n_tokens, group = 300, TINY.n_head // TINY.n_kv_head  # more than one chunk
+    for attn, hidden, keys, values in record(tiny_llama(), random_ids(n_tokens)):
+        queries = attn.queries(hidden, torch.arange(n_tokens))[0].unflatten(0, (-1, group))
+        scores = queries @ keys[0, :, None].mT / math.sqrt(TINY.head_dim)
+        mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+        accumulated = scores.masked_fill(~mask, -math.inf).softmax(dim=-1).sum(dim=(1, 2))
+        heavy = accumulated[:, :-15].topk(15).indices.sort().values
+        keep = baselines.H2O(0.1)(attn, hidden, keys, values)[0]
+        for head in range(TINY.n_kv_head):
+            assert keep[head].nonzero().flatten().tolist() == heavy[head].tolist() + list(range(285, 300))
+
+
+def test_snapkv_keeps_the_newest_of_its_window():
+    for n_tokens in (200, 64, 40, 1):
+        n_keep = max(1, int(0.15 * n_tokens))
+        for layer in record(tiny_llama(), random_ids(n_tokens, batch_size=2)):
+            keep = baselines.SnapKV(0.15)(*layer)
+            assert keep.sum() == 2 * TINY.n_kv_head * n_keep and keep[..., -n_keep:].all()
+    with pytest.raises(ValueError, match="kernel must be odd, .* got 4"):
+        baselines.SnapKV(0.5, kernel=4)
+
+
+@pytest.mark.parametrize("name", baselines.METHODS)
+@pytest.mark.parametrize("share", [0.001, 0.5])
+def test_every_method_reads_the_shortest_prompts(name, share, llama, tokenizer):
+    for n_tokens in (1, 2, 3, 4, 5, 30):
+        ids, cache = torch.arange(20, 20 + n_tokens)[None], KVCache(llama.config)
+        method = make_policy(f"{name}:{share}", baselines.METHODS)
+        llama(ids, cache, baselines.for_prompt(method, llama, tokenizer, ids))
+        if name not in POLICIES:  # those have no share
+            assert cache.kept.sum() == 90 * max(1, int(share * n_tokens)) or name == "kvzip"
+            assert cache.kept.sum() == max(90, int(90 * share * n_tokens)) or name != "kvzip"
+            assert cache.kept.min() >= 1 or share == 0.5  # a head may leave its share to others
+
+
+def test_oracle_knows_the_future():
+    model, ids = tiny_llama(), random_ids(60)
+    layers, longer = record(model, ids[:, :50]), record(model, ids)
+    oracle = baselines.Oracle([hidden[:, 50:] for _, hidden, _, _ in longer], top_p=0.9)
+    for layer, (attn, hidden, _, _) in zip(layers, longer, strict=True):
+        true_queries = attn.queries(hidden, torch.arange(60))[:, :, 50:]
+        expected = top_p_mask(attention(true_queries, layer[2]), 0.9).any(dim=2)
+        assert torch.equal(oracle(*layer), expected)
+
+
+@pytest.mark.parametrize(
+    "name, policy",
+    [
+        ("KnormPress", baselines.KeyNorm(0.4)),
+        ("StreamingLLMPress", baselines.StreamingLLM(0.4)),
+        ("SnapKVPress", baselines.SnapKV(0.4)),
+        ("ExpectedAttentionPress", baselines.ExpectedAttention(0.4)),
+        ("AdaKVPress SnapKVPress", baselines.AdaKV(baselines.SnapKV(0.4))),
+        ("AdaKVPress ExpectedAttentionPress", baselines.AdaKV(baselines.ExpectedAttention(0.4))),
+    ],
+)
+def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, policy):
+    """On the default model. H2O has no counterpart: ObservedAttentionPress averages, and has no recent
+    half."""
+    import kvpress
+    from transformers import DynamicCache, LlamaForCausalLM
+
+    n_tokens = 512
+    *wrappers, press = name.split()
+    press = getattr(kvpress, press)(compression_ratio=0.6)
+    for wrapper in wrappers:
+        press = getattr(kvpress, wrapper)(press)
+    theirs = LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
+    cache = DynamicCache()
+    with torch.no_grad(), press(theirs):
+        theirs(encode(tokenizer, topics["import"], chat=False)[:, :n_tokens], past_key_values=cache)
+
+    different = 0
+    for attn, hidden, keys, values in real_layers:
+        hidden, keys, values = hidden[:, :n_tokens], keys[:, :, :n_tokens], values[:, :, :n_tokens]
+        keep = policy(attn, hidden, keys, values)
+        expected = torch.ones_like(keep)
+        module = theirs.model.layers[attn.layer].self_attn
+        if wrappers:  # kvpress only masks where heads differ
+            expected[module.masked_key_indices] = False
+        else:
+            positions = torch.cdist(cache.layers[attn.layer].keys[0], keys[0]).argmin(dim=-1)
+            expected = torch.zeros_like(keep).scatter_(-1, positions[None], True)
+        assert torch.equal(keep.sum(dim=(1, 2)), expected.sum(dim=(1, 2)))
+        different += (keep != expected).sum().item()
+    assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
+
+
+def test_kvzip_keeps_what_kvpress_keeps(llama, tokenizer, monkeypatch):
+    """On the default model, in one chunk and in three. Theirs leaves out the first tokens, as many as the
+    chat template puts before a message, whether the prompt has them or not: here they get a template that
+    puts nothing there."""
+    kvpress = pytest.importorskip("kvpress")
+    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = checkpoint_folder(DEFAULT)
+    their_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    turn = render(tokenizer, "<<p>>").partition("<<p>>")[2]
+    their_tokenizer.chat_template = f"{{{{ messages[0]['content'] + {turn!r} }}}}"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: their_tokenizer)
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, second_reading = encode(tokenizer, topics["import"], chat=False)[:, :500], baselines.second_reading
+    for chunk in (2048, 200):
+        with torch.no_grad(), kvpress.KVzipPress(compression_ratio=0.6, chunk_size=chunk)(theirs):
+            theirs(input_ids=ids, past_key_values=DynamicCache())
+        monkeypatch.setattr(baselines, "second_reading", partial(second_reading, chunk=chunk))
+        keep = baselines.KVzip(0.4).masks(llama, tokenizer, ids)
+        expected = torch.ones_like(keep)
+        for layer, module in zip(expected, theirs.model.layers, strict=True):
+            layer[module.self_attn.masked_key_indices] = False
+        assert keep.sum() == expected.sum() == 0.4 * keep.numel() and keep[..., :4].all()
+        assert (keep != expected).sum() <= 1e-4 * keep.numel()  # ties: float32 sums in another order
+
+
+def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
+    ids = encode(tokenizer, "The code is 7425. Is it 7425, or 7526?", chat=False).repeat(2, 1)
+    ids[1] = ids[1].flip(0)
+    masks, cache = baselines.KVzip(0.5).masks(llama, tokenizer, ids), KVCache(llama.config, 2)
+    assert masks.shape == (30, 2, 3, ids.size(1)) and (masks.sum(dim=(0, 2, 3)) == 45 * ids.size(1)).all()
+    assert torch.equal(
+        masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:])
+    )  # alone as in a batch
+    llama(ids, cache, baselines.for_prompt(baselines.KVzip(0.5), llama, tokenizer, ids))
+    assert torch.equal(cache.kept, masks.sum(dim=(1, 3)))
+    one_pass = baselines.H2O(0.5)
+    assert baselines.for_prompt(one_pass, llama, tokenizer, ids) is one_pass
+    with pytest.raises(ValueError, match="got 1.5"):
+        baselines.KVzip(1.5)
+
+
+def test_kvzip_says_at_once_that_the_context_is_too_short(llama, tokenizer):
+    ids = torch.full((1, 4200), 30)
+    with pytest.raises(
+        ValueError, match=r"KVzip reads the prompt twice: \d+ tokens exceed .* context of 8192"
+    ):
+        baselines.for_prompt(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids.repeat(1, 2)[:, :8000])
+    assert callable(baselines.for_prompt(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids))
+
+
+def test_kvzip_takes_what_follows_the_prompt_in_any_template(llama, tmp_path):
+    shutil.copy(checkpoint_folder() / "tokenizer.json", tmp_path)
+    template = "Who? {{ messages[0].content }} What?<|im_end|>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    ((_, again),) = baselines.requests(llama, tokenizer, torch.tensor([[30, 31]]))
+    assert tokenizer.decode(again[0, :-2]) == "\n\nRepeat the previous context exactly. What?<|im_end|>"
+
+
+def test_methods_are_made_from_their_names():
+    assert make_policy("adakv_snapkv:0.5", baselines.METHODS) == baselines.AdaKV(baselines.SnapKV(0.5))
+    assert make_policy("gvote:0.9", baselines.METHODS) == GVote(0.9)
+    for name in set(baselines.METHODS) - set(POLICIES) - {"adakv_snapkv"}:
+        assert make_policy(f"{name}:0.25", baselines.METHODS).share == 0.25
+        with pytest.raises(ValueError, match=f"{name} needs the share of keys to keep, as in {name}:0.5"):
+            make_policy(name, baselines.METHODS)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got nan"):
+        make_policy("kvzip:nan", baselines.METHODS)
+
+
+def test_compare_is_the_command_with_all_methods(llama):
+    script = Path(__file__).parent / "compare.py"
+    args = [
+        "The code is 7425.",
+        "--policy",
+        "kvzip:0.5",
+        "h2o:0.5",
+        "--max-new-tokens",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^kvzip:0.5 +50%", done.stdout, re.M) and re.search(
+        r"^h2o:0.5 +\d\d%", done.stdout, re.M
+    )
+
+
+# ---- tasks.py
+
+
+@pytest.mark.parametrize("make", [tasks.needle, tasks.pattern])
+def test_tasks_can_be_answered_and_repeated(make):
+    for seed in range(20):
+        context, question, answer = make(seed)
+        assert make(seed) == (context, question, answer) != make(seed + 1)
+        words = re.findall(r"\w+", answer)
+        assert words and all(word in context + question for word in words if word not in ("The", "is", "by"))
+        assert answer not in question
+
+
+def test_needle_lies_in_a_haystack_of_the_wanted_length():
+    for seed in range(20):
+        context, question, answer = tasks.needle(seed, 500 * (seed + 1))
+        (found,) = re.findall(r"^The special magic number for \w+ is \d{7}\.$", context, re.M)
+        assert found == question.strip() + answer and len(context) == 500 * (seed + 1) + len(found) + 1
+
+
+@pytest.mark.parametrize("question_after", [True, False])
+def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
+    context, question, answer = tasks.needle(0)
+    task = tasks.recall(llama, tokenizer, (context, question, answer), question_after)
+    n_context, n_question, n_answer = (len(tokenizer(t).input_ids) for t in (context, question, answer))
+    assert task.n_prompt == n_context + (0 if question_after else n_question)
+    assert task.n_scored == n_answer - (
+        0 if question_after else 1
+    )  # the prompt itself predicts the first token
+    digits = torch.tensor(
+        [tokenizer.decode([i]).isdigit() for i in encode(tokenizer, context, chat=False)[0]]
+    )
+    no_digits = ~F.pad(digits, (0, task.n_prompt - len(digits))).expand(1, 3, -1)
+    full, blind, again = task.test([task.everything, [no_digits] * 30, task.everything])
+    assert (
+        task.exact(task.full)
+        and full["exact"] == 1
+        and abs(full["kl"]) < 1e-6
+        and full["held"] == pytest.approx(1)
+    )
+    assert full == pytest.approx(again, abs=1e-6)
+    assert blind["exact"] == 0 and blind["kl"] > 1 and 0.5 < blind["held"] < 1
+    (alone,) = task.test([[no_digits] * 30])
+    assert blind == pytest.approx(alone, rel=1e-3)
+
+
+def test_continuation_is_cut_where_it_says(llama, tokenizer):
+    task = tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=96, n_next=20)
+    ids = torch.cat((encode(tokenizer, tasks.prose()["import"], chat=False)[:, :96], task.after), dim=1)
+    expected = llama(ids[:, :-1], all_logits=True)[0, 96:].log_softmax(dim=-1)
+    torch.testing.assert_close(task.full, expected, rtol=0, atol=1e-3)
+    policies = (baselines.Random(0.3), baselines.H2O(0.6))
+    chance, best = task.test([[policy(*layer) for layer in task.layers] for policy in policies])
+    assert chance["kl"] > best["kl"] > 0
+    with pytest.raises(ValueError, match="has [0-9]+ tokens, 9096 are needed"):
+        tasks.continuation(llama, tokenizer, tasks.prose()["import"], n_prompt=9000, n_next=96)
+
+
+def test_entry_is_the_nucleus_at_every_top_p():
+    probs = torch.rand(2, 3, 50, generator=torch.Generator().manual_seed(0)) ** 4
+    probs[..., 7] = probs[..., 30]  # of equal keys the earlier one goes first
+    probs /= probs.sum(dim=-1, keepdim=True)
+    for top_p in (1e-6, 0.3, 0.9, 0.999):
+        assert torch.equal(tasks.entry(probs) < top_p, top_p_mask(probs, top_p))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
+def test_keep_share_is_one_threshold_for_all_layers(share):
+    entries = [torch.rand(1, 2, 40, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in range(3)]
+    masks = tasks.keep_share(entries, share)
+    kept = torch.cat([layer[keep] for layer, keep in zip(entries, masks, strict=True)])
+    dropped = torch.cat([layer[~keep] for layer, keep in zip(entries, masks, strict=True)])
+    assert len(kept) == int(share * 240) and (dropped > kept.max()).all()
+
+
+def test_mean_interval():
+    assert tasks.mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(
+        (2.5, 0.4460, 4.5540), abs=1e-3
+    )  # scipy's
+    assert tasks.mean_interval([1.0]) == (1, -math.inf, math.inf)
+
+
+# ---- benchmarks.py
+
+
+def jsonl(file: Path, *lines: dict) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def read_examples(benchmark: str, file: Path) -> list[benchmarks.Example]:
+    return benchmarks.read_lines(file, lambda raw: benchmarks.BENCHMARKS[benchmark](file, raw))
+
+
+def longbench_file(folder: Path, dataset: str, answers: list[str], classes=None) -> Path:
+    (folder / "config").mkdir(parents=True)
+    (folder / "config" / "dataset2prompt.json").write_text(
+        json.dumps({dataset: "{context} | {input} | Answer:"})
+    )
+    (folder / "config" / "dataset2maxlen.json").write_text(json.dumps({dataset: 6}))
+    line = {
+        "input": "Who {sat}?",
+        "context": "word " * 200,
+        "answers": answers,
+        "dataset": dataset,
+        "language": "en",
+    }
+    line |= {"all_classes": classes, "length": 200, "_id": "0"}
+    return jsonl(folder / "data" / f"{dataset}.jsonl", line)
+
+
+GSM8K = [
+    {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+    for n in range(4)
+]
+
+
+def test_gsm8k_compares_the_last_number(tmp_path):
+    example, thousand = read_examples(
+        "gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[3], {"question": "?", "answer": "#### 1,234"})
+    )
+    assert "What is 3 + 1?" in example.prompt and "####" not in example.prompt
+    for answer, right in [
+        ("3 + 1 = 4", 1),
+        ("It is $4.00.", 1),
+        ("**4**", 1),
+        (r"\boxed{4}", 1),
+        ("4, not 5", 0),
+    ]:
+        assert example.score(answer) == right, answer
+    assert example.score("four") == example.score("-4") == example.score("") == example.score("$.4") == 0
+    assert thousand.score("so $1,234.") == thousand.score("1234") == 1 != thousand.score("234")
+
+
+def test_ruler_counts_what_occurs(tmp_path):
+    line = {"index": 7, "input": "Read it.", "outputs": ["Abc", "42"], "length": 9}
+    (example,) = read_examples("ruler", jsonl(tmp_path / "niah_multivalue" / "validation.jsonl", line))
+    assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2", "")] == [1, 0.5, 0, 0]
+    assert (example.task, example.max_new_tokens, example.chat) == (
+        "niah_multivalue",
+        128,
+        False,
+    )  # an older file
+    (example,) = read_examples("ruler", jsonl(tmp_path / "qa_1.jsonl", line | {"answer_prefix": " Answer:"}))
+    assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2")] == [1, 1, 0]
+    assert (example.task, example.max_new_tokens, example.chat) == ("qa_1", 32, True)
+    for start in ("<|begin_of_text|>", "[INST] "):  # made with a model's own template
+        line |= {"answer_prefix": " Answer:", "input": start + "Read it."}
+        assert not read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))[0].chat
+
+
+@pytest.mark.parametrize(
+    "dataset, answers, classes, figures",
+    [
+        (
+            "qasper",
+            ["The cat sat.", "Nobody"],
+            None,
+            {"a cat": 2 / 3, "Cat, sat!": 1, "nobody": 1, "dog": 0, "": 0},
+        ),
+        # distinct words, and shared ones of any two sentences: {a, b, c}; {a, c} or {b}, {a}; {}
+        (
+            "gov_report",
+            ["a b c"],
+            None,
+            {"a b c": 1, "a x. b c": 2 * 3 / (3 + 4), "c b": 2 / 5, "a a a": 1 / 2, "": 0},
+        ),
+        ("samsum", ["a b"], None, {"\na b\nDialogue: x": 1, "a\nb": 2 / 3}),
+        ("trec", ["Food"], ["Food", "Animal"], {"Food": 1, "Food or Animal": 0.5, "food": 0, "x\nFood": 0}),
+        ("trec", ["Other food"], ["food", "Other food", "Animal"], {"Other food": 1, "food": 0}),
+        ("passage_retrieval_en", ["Paragraph 7"], None, {"Paragraph 7": 1, "7 or 8": 0.5, "17": 0, "": 0}),
+        ("passage_count", ["7"], None, {"7": 1, "7, 7, 8, 9": 0.5, "none": 0}),
+        ("lcc", ["x = 1"], None, {"\n# so\n```\nx = 1\ny": 1, "x = 2": 0.8, "// x = 1": 0}),
+    ],
+)
+def test_longbench_metrics_by_hand(dataset, answers, classes, figures, tmp_path):
+    (example,) = read_examples("longbench", longbench_file(tmp_path, dataset, answers, classes))
+    assert example.prompt == "word " * 200 + " | Who {sat}? | Answer:" and example.max_new_tokens == 6
+    assert example.chat == (dataset not in ("trec", "samsum", "lcc"))
+    assert {answer: example.score(answer) for answer in figures} == pytest.approx(figures, abs=0.005)
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    out, seen, settings, dropped = tmp_path / "results.jsonl", [], {"method": "full"}, 0
+    examples = read_examples("gsm8k", jsonl(tmp_path / "test.jsonl", *GSM8K))
+
+    def run(settings=settings, stop_at=None):
+        def answer(example):
+            assert len(out.read_text().splitlines()) == len(seen) - dropped  # on the disk at once
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
+            seen.append(example.prompt.split("?")[0])
+            return "It is 1.", 0.25 * len(seen)
+
+        done = benchmarks.finished(out, settings)
+        benchmarks.run(examples, done, out, settings, answer)
+        return done
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_at=2)
+    assert len(out.read_text().splitlines()) == 2
+    with open(out, "r+") as file:
+        file.truncate(out.stat().st_size - 9)  # the second line was not written whole
+    dropped = 1
+    done = run()
+    assert seen == ["What is 0 + 1", "What is 1 + 1"] + ["What is 1 + 1", "What is 2 + 1", "What is 3 + 1"]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["example"] for row in rows] == [0, 1, 2, 3] and [row["score"] for row in rows] == [1, 0, 0, 0]
+    assert rows == [done[number] for number in range(4)] and run() == done and len(seen) == 5
+    # the shares kept are 0.25, 0.75, 1, 1.25
+    assert (
+        benchmarks.summary(done)
+        == "score 25.0 (95% interval 4.6 to 69.9), 4 examples, 81.2% of the keys kept"
+    )
+    run(settings={"method": "gvote"})
+    assert len(seen) == 9 and len(out.read_text().splitlines()) == 8
+    for content in ('{"question": "?"}\n', '{"question": "?"}', "notes"):
+        out.write_text(content)
+        with pytest.raises(ValueError, match="is not a file of results"):
+            run()
+        assert out.read_text() == content
+
+
+def test_benchmark_prompts_and_answers(tmp_path, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    sizes = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_hidden=16, head_dim=8, context_length=100)
+    model, read = Llama(LlamaConfig(**sizes)), []
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight)
+    model.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+
+    def ask(example, policy=None):
+        read.clear()
+        return (
+            *benchmarks.answer(model, tokenizer, [2, 0], policy, example),
+            tokenizer.decode(read[0][0].tolist()),
+        )
+
+    line = {"input": "Read it.", "outputs": ["x"], "answer_prefix": " Answer:"}
+    (example,) = read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))
+    text, kept, prompt = ask(example)
+    assert prompt == render(tokenizer, "Read it.") + " Answer:" and kept == 1
+    assert text == tokenizer.decode(list(generate(model, read[0], 30, stop=[2, 0])), skip_special_tokens=True)
+    for method in (baselines.KeyNorm(0.5), baselines.KVzip(0.5)):
+        assert ask(example, method)[1] == pytest.approx(0.5, abs=0.02)
+    line |= {"input": "[INST] Read it. [/INST]"}
+    (with_template,) = read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))
+    assert ask(with_template)[2] == "[INST] Read it. [/INST] Answer:"
+    (long,) = read_examples("longbench", longbench_file(tmp_path, "qasper", ["x"]))
+    _, _, prompt = ask(long)
+    assert (
+        read[0].size(1) == 94
+        and prompt.startswith(render(tokenizer, "")[:30])
+        and prompt.endswith("assistant\n")
+    )
+    assert prompt.count("| Answer:") == 1 and prompt.count(" word") > 20
+    (few_shot,) = read_examples("longbench", longbench_file(tmp_path / "few", "samsum", ["x"]))
+    used = []
+
+    def three_lines(model, ids, max_new_tokens, policy, stop, cache):
+        model(ids, cache)
+        for token in encode(tokenizer, "\none\ntwo\nthree", chat=False)[0].tolist():
+            used.append(token)
+            yield token
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmarks, "generate", three_lines)
+        assert ask(few_shot)[0] == tokenizer.decode(used) == "\none\n"  # no need to wait for the rest
+        assert ask(long)[0] == "\none\ntwo\nthree"
+    (too_long,) = read_examples("gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[0]))
+    with pytest.raises(ValueError, match="a prompt of .* tokens leaves no room for an answer"):
+        ask(too_long)
+
+
+def test_benchmark_errors_name_the_line(tmp_path):
+    good, file = GSM8K[0], tmp_path / "test.jsonl"
+    for benchmark, name, lines, match in [
+        ("gsm8k", "a", [good, {"answer": "#### 1"}], "line 2: a field is missing: 'question'"),
+        ("gsm8k", "b", [good | {"answer": "1"}], "line 1: the answer does not end with #### and a number"),
+        ("gsm8k", "c", [good, []], "line 2: list indices"),
+        ("ruler", "niah_x", [{"input": "?"}], "line 1: a field is missing: 'outputs'"),
+        ("ruler", "d", [{"input": "?", "outputs": ["x"]}], "line 1: neither the file nor its folder"),
+        (
+            "longbench",
+            "e",
+            [{"dataset": "dureader", "answers": [], "all_classes": None}],
+            "'dureader' is none of",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=rf"{name}.jsonl, {match}" if "line" in match else match):
+            read_examples(benchmark, jsonl(tmp_path / f"{name}.jsonl", *lines))
+    file.write_text(json.dumps(good) + '\n{"question":\n')
+    with pytest.raises(ValueError, match="test.jsonl, line 2: not JSON"):
+        read_examples("gsm8k", file)
+    moved = longbench_file(tmp_path, "qasper", ["x"]).rename(tmp_path / "qasper.jsonl")
+    with pytest.raises(FileNotFoundError, match="dataset2prompt.json is neither in .* nor in its ../config"):
+        read_examples("longbench", moved)
+
+
+def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
+    line = {"index": 0, "input": "The word is blue. Which?", "outputs": ["blue"], "answer_prefix": " It is"}
+    data, out = jsonl(tmp_path / "vt" / "validation.jsonl", line), tmp_path / "a new folder" / "results.jsonl"
+    script = Path(__file__).parent / "benchmarks.py"
+
+    def run(*args):
+        command = [sys.executable, script, *map(str, args), "--out", out]
+        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
+
+    def run_here(*args):
+        monkeypatch.setattr(sys, "argv", ["benchmarks.py", *map(str, args), "--out", str(out)])
+        benchmarks.main()
+
+    def no_model(name):
+        raise OSError("a model is needed")
+
+    args = ["ruler", data, "--method", "gvote_current_query:0.9"]
+    done = run(*args)
+    assert re.fullmatch(
+        r"vt, gvote_current_query:0.9: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout
+    )
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["settings"]["policy"] == "GVote(top_p=0.9, n_samples=8, seed=0, budget='current_query')"
+    assert row["example"] == 0 and 0 < row["kept"] < 1 and row["prediction"]
+    monkeypatch.setattr(benchmarks, "checkpoint_folder", no_model)
+    run_here(*args)  # all is done
+    assert capsys.readouterr().out == done.stdout
+    jsonl(data, line | {"outputs": ["red"]})
+    others = [[*args[:-1], method] for method in ("gvote_current_query:0.8", "full")]
+    for other in (args, *others, [*args, "--model", "owner/model"]):
+        with pytest.raises(OSError, match="a model is needed"):
+            run_here(*other)
+        jsonl(data, line)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="a model is needed"):
+        patch.setitem(benchmarks.RULER_MAX_NEW_TOKENS, "vt", 31)
+        run_here(*args)
+
+    failed = run("ruler", tmp_path / "none.jsonl", "--method", "gvote")
+    assert failed.returncode == 1 and re.fullmatch("error: .*No such file .*none.jsonl.*\n", failed.stderr)
+    for args, match in [
+        (["gsm8k", os.devnull], "is empty"),
+        (
+            ["ruler", data, "--method", "half:0.5"],
+            "there is no policy 'half:0.5', only full, gvote, .*, random and FILE.py:NAME",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            run_here(*args)
+
+
+# ---- press.py
+
+# What makes queries differ between families: other frequencies from position 64 on, or by the kind of layer;
+# heads that are rotated in part; query norms; a scale. Layers with a window are left alone, unless all fits
+# it (512).
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+LONGROPE |= {"rope_theta": 1e4, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+HYBRID = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16}
+GEMMA = HYBRID | {"query_pre_attn_scalar": 8, "rope_parameters": {"full_attention": LINEAR}}
+FAMILIES = [
+    ("Llama", {}),
+    ("Mistral", {"sliding_window": None}),
+    ("Phi3", {"sliding_window": 512, "rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}}),
+    ("Qwen2", HYBRID | {"use_sliding_window": True}),
+    ("Qwen3", {}),
+    ("Gemma3", GEMMA),
+    ("Gemma3Text", GEMMA),
+]
+
+
+def hf_model(family: str, **settings):
+    import transformers
+
+    sizes = dict(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=32
+    )
+    sizes |= (
+        dict(vocab_size=49152, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0) | settings
+    )
+    if family == "Gemma3":
+        vision = dict(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=14
+        )
+        sizes = dict(text_config=sizes, vision_config=vision, mm_tokens_per_image=1)
+    name = {"Gemma3": "Gemma3ForConditionalGeneration", "Gemma3Text": "Gemma3ForCausalLM"}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    model = (
+        getattr(transformers, name.get(family, f"{family}ForCausalLM"))(config).eval().requires_grad_(False)
+    )
+    for weight in model.parameters():
+        torch.nn.init.normal_(
+            weight, std=0.3 if weight.dim() > 1 else 2.0
+        )  # large enough for uneven attention
+    return model
+
+
+def press_masks(press, model, ids, cache=None, **kwargs) -> list:
+    """What the press keeps of prompts, by layer: masks like a policy's, None where it left the layer
+    alone."""
+    from transformers import DynamicCache
+
+    cache, masks = DynamicCache() if cache is None else cache, []
+    with torch.no_grad(), press(model):
+        model(ids, past_key_values=cache, **kwargs)
+    for layer, kept in zip(
+        getattr(model.model, "language_model", model.model).layers, cache.layers, strict=True
+    ):
+        dropped = layer.self_attn.masked_key_indices
+        masks.append(None if dropped is None else torch.ones(kept.keys.shape[:3], dtype=torch.bool))
+        if dropped is not None:
+            masks[-1][dropped] = False
+    return masks
+
+
+@pytest.fixture(scope="session")
+def hf_llama():
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("policy", [GVote(), GVote(budget="current_query"), PeakVotes()])
+def test_press_keeps_what_llama_keeps(llama, hf_llama, tokenizer, policy):
+    from transformers import DynamicCache
+
+    from press import PolicyPress
+
+    ids, keep = encode(tokenizer, tasks.prose()["import"], chat=False)[:, :524], []
+
+    def spy(*layer):
+        keep.append(policy(*layer))
+        return keep[-1]
+
+    press, cache, hf_cache = PolicyPress(policy), KVCache(llama.config), DynamicCache()
+    llama(ids[:, :512], cache, spy)
+    for mask, expected in zip(press_masks(press, hf_llama, ids[:, :512], hf_cache), keep, strict=True):
+        assert torch.equal(mask, expected)
+    assert press.compression_ratio == pytest.approx(1 - cache.usage)
+    for a, b in [(512, 513), (513, 514), (514, 523), (523, 524)]:  # single tokens and many at once
+        with torch.no_grad():
+            logits = hf_llama(ids[:, a:b], past_key_values=hf_cache).logits
+        torch.testing.assert_close(logits, llama(ids[:, a:b], cache, all_logits=True), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family, settings", FAMILIES)
+def test_press_on_every_family(family, settings, monkeypatch):
+    from kvpress import KVPressTextGenerationPipeline
+    from transformers import PreTrainedTokenizerFast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from press import PolicyPress
+
+    model, ids, own_queries = hf_model(family, **settings), random_ids(62, batch_size=2) + 3, {}
+    layers = getattr(model.model, "language_model", model.model).layers
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module, query, *args, **kwargs):
+        own_queries[module.layer_idx] = query
+        return attend(module, query, *args, **kwargs)
+
+    def policy(attn, hidden, keys, values):
+        queries = attn.queries(hidden, torch.arange(62))
+        scores = queries @ keys.repeat_interleave(2, dim=1).mT / math.sqrt(32)
+        own = (
+            own_queries[attn.layer]
+            @ keys.repeat_interleave(2, dim=1).mT
+            * layers[attn.layer].self_attn.scaling
+        )
+        torch.testing.assert_close(scores, own, rtol=1e-4, atol=1e-4)
+        near, far = (attn.queries(hidden[:, :2], torch.tensor(at)) for at in ([3, 5], [63, 65]))
+        products = [(a * b).sum(dim=-1) for a, b in (near.unbind(dim=2), far.unbind(dim=2))]
+        torch.testing.assert_close(
+            *products, rtol=1e-4, atol=1e-4
+        )  # only the distance of two positions matters
+        return GVote()(attn, hidden, keys, values)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+        masks = press_masks(PolicyPress(policy), model, ids)
+    press = PolicyPress(GVote())
+    again, alone = press_masks(press, model, ids), press_masks(press, model, ids[1:])
+    assert len(masks) == 3 and [mask is None for mask in masks] == [False, "layer_types" in settings, False]
+    for mask, same, one in zip(masks, again, alone, strict=True):
+        if mask is not None:
+            assert torch.equal(same, mask) and torch.equal(one, mask[1:])
+            shares = mask.float().mean(dim=2)  # (B, H_kv)
+            assert 0 < shares.mean() < 1 and len(shares.unique()) > 1
+    dropped = [1 - mask.float().mean() for mask in alone if mask is not None]
+    assert press.compression_ratio == pytest.approx(torch.stack(dropped).mean().item())
+
+    with press(model):
+        answer = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert answer.shape == (2, 68) and press.compression_ratio != pytest.approx(
+        torch.stack(dropped).mean().item()
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint_folder(DEFAULT))
+    pipeline = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer)
+    output = pipeline("The cat sat. " * 30, questions=["Who?", "Did it?"], press=press, max_new_tokens=4)
+    assert len(output["answers"]) == 2 and 0 < press.compression_ratio < 1
+
+
+@pytest.mark.parametrize(
+    "family, name, policy",
+    [
+        ("Phi3", "SnapKVPress", baselines.AdaKV(baselines.SnapKV(0.4))),
+        ("Qwen3", "ExpectedAttentionPress", baselines.AdaKV(baselines.ExpectedAttention(0.4))),
+    ],
+)
+def test_press_runs_the_baselines(family, name, policy):
+    import kvpress
+
+    from press import PolicyPress
+
+    model, ids = hf_model(family), random_ids(300, batch_size=2) + 3
+    press = PolicyPress(policy)
+    masks = press_masks(press, model, ids)
+    expected = press_masks(kvpress.AdaKVPress(getattr(kvpress, name)(0.6)), model, ids)
+    different = sum((mask != other).sum() for mask, other in zip(masks, expected, strict=True))
+    assert different <= 1e-3 * 3 * masks[0].numel() and press.compression_ratio == pytest.approx(0.6)
+    for policy in (
+        baselines.Random(0.3),
+        baselines.KeyNorm(0.3),
+        baselines.StreamingLLM(0.3),
+        baselines.H2O(0.3),
+    ):
+        press_masks(press := PolicyPress(policy), model, ids)
+        assert press.compression_ratio == pytest.approx(0.7)
+
+
+def test_press_errors_are_clear():
+    from kvpress import KnormPress
+    from transformers import GPT2Config, GPT2LMHeadModel, QuantizedCache, StaticCache
+    from transformers.cache_utils import Cache, QuantizedLayer
+
+    from press import PolicyPress
+
+    class Layer(QuantizedLayer):  # as with the backends, which are packages of their own
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    class Quantized(QuantizedCache):
+        def __init__(self):
+            Cache.__init__(self, layers=[Layer() for _ in range(3)])
+
+    model, ids, press = hf_model("Llama"), random_ids(20, batch_size=2) + 3, PolicyPress(GVote())
+    eager_llama, eager_gemma = hf_model("Llama"), hf_model("Gemma3", **GEMMA)
+    for other in (eager_llama, eager_gemma):
+        other.set_attn_implementation("eager")
+    assert not hasattr(press, "compression_ratio")  # else kvpress's evaluation sets it
+    with pytest.raises(AttributeError, match="none was read yet"):
+        press.compression_ratio  # noqa: B018
+    with pytest.raises(AttributeError, match=r"cannot be set: GVote\(top_p=0.95.* finds it in a prompt"):
+        press.compression_ratio = 0.5
+    with press(model):
+        assert not hasattr(press, "compression_ratio")
+    for other, match in [
+        (
+            GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8)),
+            "GPT2LMHeadModel is not in kvpress.SUPPORTED",
+        ),
+        (hf_model("Granite"), "GraniteForCausalLM is not in kvpress.SUPPORTED_MODELS"),
+        (eager_llama, "eager attention ignores masked keys: load .*'sdpa'"),
+        (eager_gemma, "eager attention ignores masked keys: load .*'sdpa'"),
+        (hf_model("Mistral", sliding_window=16), "every layer has a sliding window"),
+    ]:
+        with pytest.raises(ValueError, match=match), press(other):
+            pass
+    for cache in (Quantized(), StaticCache(config=model.config, max_cache_len=50)):
+        with (
+            pytest.raises(ValueError, match=f"in a DynamicCache, not in a {type(cache).__name__}"),
+            press(model),
+        ):
+            model(ids, past_key_values=cache)
+    for outer in (press, PolicyPress(PeakVotes()), KnormPress(0.5)):
+        with (
+            pytest.raises(ValueError, match="two presses compress the same prompt"),
+            outer(model),
+            press(model),
+        ):
+            model(ids)
+    padded = torch.ones_like(ids)
+    padded[1, :4] = 0
+    for settings in (
+        {"attention_mask": padded},
+        {"attention_mask": padded.flip(1)},
+        {"position_ids": ids[:1]},
+    ):
+        with (
+            pytest.raises(ValueError, match="one length, without padding, and positions from 0 on"),
+            press(model),
+        ):
+            model(ids, **settings)
+    with pytest.raises(ValueError, match="one length, without padding"), press(model):
+        model.generate(ids, attention_mask=padded, max_new_tokens=1)
+    press_masks(press, model, ids, attention_mask=torch.ones_like(ids))
+    for wrong, match in [
+        (lambda *layer: layer[2][..., 0], "boolean"),
+        (lambda *layer: layer[2][..., 1:, 0] > 0, "19"),
+    ]:
+        with pytest.raises(RuntimeError, match=match), PolicyPress(wrong)(model):
+            model(ids)
