@@ -1009,8 +1009,8 @@ GOLDEN = [
         "def fibonacci(n):\n    ",
         [1604, 3987, 46477, 24, 94, 727, 2367],
         {753: 21.8102, 3987: 21.7726, 1003: 21.203, 585: 20.7945, 2822: 20.7358, 1620: 20.3906},
-        " def fibonacci(n):\n         if n == 0:\n             return 1\n         elif n == 1:\n             return 1\n"
-        "         else:\n            ",
+        " def fibonacci(n):\n         if n == 0:\n             return 1\n"
+        "         elif n == 1:\n             return 1\n         else:\n            ",
     ),
 ]
 

@@ -20,10 +20,13 @@ from model import KVCache, Llama
 from plots import record
 
 THINGS = (
-    "apple river candle forest window garden planet mirror bottle castle dragon engine feather guitar hammer island "
-    "jacket kettle ladder magnet needle orange pencil rabbit saddle temple violin walnut zebra basket button carpet"
+    "apple river candle forest window garden planet mirror bottle castle dragon engine feather guitar "
+    "hammer island jacket kettle ladder magnet needle orange pencil rabbit saddle temple violin "
+    "walnut zebra basket button carpet"
 ).split()
-NAMES = "Anna Ben Clara David Emma Frank Grace Henry Isabel Jack Kate Leo Mary Nora Oscar Paul Rosa Sam Tina".split()
+NAMES = (
+    "Anna Ben Clara David Emma Frank Grace Henry Isabel Jack Kate Leo Mary Nora Oscar Paul Rosa Sam Tina"
+).split()
 
 
 class Task:
