@@ -1,4 +1,4 @@
-"""How sure is a mean of a few instances? Intervals, and differences between methods that met the same instances."""
+"""How sure is a mean of a few instances? Intervals, and differences of methods that met the same instances."""
 
 import math
 import random
@@ -7,8 +7,8 @@ from statistics import fmean
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and 1, which
-    scatter less than right and wrong do, it is wider than need be."""
+    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and
+    1, which scatter less than right and wrong do, it is wider than need be."""
     z = 1.96
     center, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     return max(0.0, (center - half) / (1 + z**2 / n)), (center + half) / (1 + z**2 / n)
