@@ -90,6 +90,13 @@ class KeyNorm(FixedBudget):
         return -keys.norm(dim=-1)
 
 
+class KeyDiff(FixedBudget):
+    """The keys least like their head's mean direction (Park et al. 2025, arXiv 2504.15364), in one piece."""
+
+    def scores(self, attn, hidden, keys, values):
+        return -F.cosine_similarity(keys, F.normalize(keys, dim=-1).mean(dim=2, keepdim=True), dim=-1)
+
+
 @dataclass(frozen=True)
 class StreamingLLM(FixedBudget):
     """The first tokens, on which attention rests, and the newest (Xiao et al. 2023, arXiv 2309.17453)."""
@@ -322,5 +329,6 @@ METHODS = POLICIES | {  # those of generate.py, and others, which are made from 
     "adakv_snapkv": lambda share: AdaKV(SnapKV(share)),
     "streaming_llm": StreamingLLM,
     "key_norm": KeyNorm,
+    "key_diff": KeyDiff,
     "random": Random,
 }

@@ -15,7 +15,6 @@ import difflib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import string
@@ -47,6 +46,7 @@ from generate import (
 )
 from gvote import Policy
 from model import KVCache, Llama, read_json
+from stats import wilson
 
 
 @dataclass(frozen=True)
@@ -282,14 +282,6 @@ def run(examples: list[Example], done: dict[int, dict], out: Path, settings: dic
                     f"score {100 * mean(row['score'] for row in done.values()):.1f}", refresh=False
                 )
                 bar.update()
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of n, by Wilson (1927): inside [0, 1]. For a mean of scores between 0 and
-    1, which scatter less than right and wrong do, it is wider than need be."""
-    z = 1.96
-    center, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(0.0, (center - half) / (1 + z**2 / n)), (center + half) / (1 + z**2 / n)
 
 
 def summary(done: dict[int, dict]) -> str:

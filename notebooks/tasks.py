@@ -161,18 +161,49 @@ def code() -> dict[str, str]:
     }
 
 
+# Texts for the tables at three lengths (lengths.py) alone: nothing in this repo was chosen on them
+
+
+def docstrings() -> list[str]:
+    """The docstrings of NumPy and pyplot of more than 3,000 characters, in random order."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    spaces = (np, np.linalg, np.random, plt)
+    found = {inspect.getdoc(x) or "" for space in spaces for name, x in vars(space).items() if name[0] != "_"}
+    return random.Random(0).sample(
+        longest := sorted(text for text in found if len(text) > 3000), len(longest)
+    )
+
+
+def modules() -> dict[str, str]:
+    """Modules of four packages that requirements.txt installs."""
+    import gguf.vocab
+    import jinja2.compiler
+    import matplotlib.font_manager
+    import tqdm.std
+
+    found = (gguf.vocab, jinja2.compiler, matplotlib.font_manager, tqdm.std)
+    return {module.__name__: inspect.getsource(module) for module in found}
+
+
 # Tasks with an answer: each takes a seed, and returns (context, question, answer)
 
 
-def needle(seed: int, n_chars: int = 1600) -> tuple[str, str, str]:
-    """Seven digits in a haystack (RULER's niah_single, arXiv 2404.06654), n_chars of the Python language
-    reference."""
+def needle(seed: int, n_chars: int = 1600, page: str = "", n_others: int = 0) -> tuple[str, str, str]:
+    """Seven digits in a haystack (RULER's niah_single, arXiv 2404.06654): in n_chars of the Python language
+    reference, or in a page. n_others more numbers, of other things, are in it too (niah_multikey)."""
     rng = random.Random(seed)
     thing, digits = rng.choice(THINGS), "".join(rng.choices("0123456789", k=7))
-    page = rng.choice([topic for topic in sorted(topics.values()) if len(topic) > 2 * n_chars])
-    start = rng.randrange(len(page) - n_chars)
-    lines = page[start : start + n_chars].split("\n")
-    lines.insert(rng.randrange(1, len(lines)), f"The special magic number for {thing} is {digits}.")
+    if not page:
+        page = rng.choice([topic for topic in sorted(topics.values()) if len(topic) > 2 * n_chars])
+        start = rng.randrange(len(page) - n_chars)
+        page = page[start : start + n_chars]
+    lines = page.split("\n")
+    hide = "The special magic number for {} is {}.".format
+    lines.insert(rng.randrange(1, len(lines)), hide(thing, digits))
+    for other in rng.sample([name for name in THINGS if name != thing], n_others):
+        lines.insert(rng.randrange(1, len(lines)), hide(other, "".join(rng.choices("0123456789", k=7))))
     return "\n".join(lines), f"\n\nThe special magic number for {thing} is", f" {digits}."
 
 

@@ -118,6 +118,7 @@ def test_oracle_knows_the_future():
     [
         ("KnormPress", baselines.KeyNorm(0.4)),
         ("StreamingLLMPress", baselines.StreamingLLM(0.4)),
+        ("KeyDiffPress", baselines.KeyDiff(0.4)),
         ("SnapKVPress", baselines.SnapKV(0.4)),
         ("ExpectedAttentionPress", baselines.ExpectedAttention(0.4)),
         ("AdaKVPress SnapKVPress", baselines.AdaKV(baselines.SnapKV(0.4))),
