@@ -1,4 +1,4 @@
-"""How sure is a mean of a few instances? Intervals, and differences of methods that met the same instances."""
+"""How sure is a mean of a few instances? Intervals, and differences of methods on the same instances."""
 
 import math
 import random
