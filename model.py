@@ -4,9 +4,8 @@ Top to bottom: config, rotary embedding, modules, model, KV cache. A prompt and 
 paths: `read_prompt` attends within the prompt, and fills the cache with what a policy keeps; `read_tokens`
 attends to the cache. Modules are named as in Hugging Face checkpoints, so weights load unchanged.
 
-Shapes: B prompts, T tokens, C = n_embd channels; H = n_head query heads, H_kv = n_kv_head key/value heads,
-each shared by a group of G = H / H_kv query heads; D = head_dim; V = vocab_size. In a cache, N = B * H_kv
-heads.
+Shapes: B prompts, T tokens, C = n_embd channels, V = vocab_size; H = n_head query heads, H_kv = n_kv_head
+key/value heads, each shared by a group of G = H / H_kv query heads; D = head_dim; N = B * H_kv.
 """
 
 import json
@@ -30,8 +29,8 @@ HF_NAMES = {  # of the settings that have another name in a Hugging Face config.
 
 @dataclass
 class LlamaConfig:
-    """The sizes of a Llama, by default those of the default model. Raises ValueError for one that makes no
-    sense."""
+    """The sizes of a Llama, by default those of the default model. Raises ValueError for any that is
+    wrong."""
 
     vocab_size: int = 49152
     n_layer: int = 30
@@ -55,17 +54,15 @@ class LlamaConfig:
                 expected = "true or false" if kind is bool else f"a positive number ({field.type.__name__})"
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads evenly"
-            )
-        self.head_dim = self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+            raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads")
+        if self.head_dim is None:
+            self.head_dim = self.n_embd // self.n_head
         if not isinstance(self.head_dim, numbers.Integral) or self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim!r}, expected an even number")
 
     @classmethod
     def from_file(cls, path: Path) -> "LlamaConfig":
-        """Reads a Hugging Face config.json. Raises ValueError if it is not that of a Llama this file
-        implements."""
+        """Reads a Hugging Face config.json. Raises ValueError for what this file does not implement."""
         raw = {name: value for name, value in read_json(path).items() if value is not None}
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
@@ -79,18 +76,13 @@ class LlamaConfig:
         ):
             if found not in known:
                 raise ValueError(f"{path}: {name} is {found!r}, expected {' or '.join(map(repr, known))}")
-        defaults = {
-            "head_dim": None,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-            "rope_theta": 10_000.0,
-        }
-        raw = defaults | {"num_key_value_heads": raw.get("num_attention_heads")} | raw
+        defaults = {"head_dim": None, "attention_bias": False, "tie_word_embeddings": False}
+        defaults |= {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 10_000.0}
+        raw = defaults | raw | {"rope_scaling": None}
         raw["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
         try:
-            raw["rope_scaling"] = (
-                {name: float(rope[name]) for name in LLAMA3_ROPE} if rope_type == "llama3" else None
-            )
+            if rope_type == "llama3":
+                raw["rope_scaling"] = {name: float(rope[name]) for name in LLAMA3_ROPE}
             return cls(**{field.name: raw[HF_NAMES.get(field.name, field.name)] for field in fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}") from None
@@ -270,8 +262,7 @@ class Llama(nn.Module):
 
         Raises ValueError or OSError, naming the file or the weight and what was expected, for other
         architectures and for what is missing, cut short, superfluous or misshapen. The default model's
-        weights had 4 bits before they became float16 (see generate.py): every result of this repo is one of a
-        4-bit model.
+        weights had 4 bits before they became float16: every result of this repo is one of a 4-bit model.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -288,14 +279,13 @@ class Llama(nn.Module):
                             ours = name.replace("_orig_mod.", "")  # torch.compile puts this before names
                             weights[ours.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
             except SafetensorError as error:
-                raise ValueError(
-                    f"{folder / file} is damaged ({error}): delete and fetch {folder} again"
-                ) from None
+                raise ValueError(f"{folder / file} is damaged ({error}): delete {folder}") from None
         embedding = weights.get("embed_tokens.weight")
-        if (
-            config.tied and embedding is not None
-        ):  # but an output projection of its own counts, as in transformers 5
-            config.tied = torch.equal(weights.setdefault("lm_head.weight", embedding), embedding)
+        if config.tied and embedding is not None:
+            projection = weights.setdefault("lm_head.weight", embedding)
+            config.tied = torch.equal(
+                projection, embedding
+            )  # as in transformers 5, another one in the file counts
         with torch.device("meta"):  # shapes only: the weights become the parameters
             model = cls(config)
         try:
@@ -317,8 +307,7 @@ class Table:
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here
     a dropped key is a row that does not exist. To attention, heads are what sequences of different lengths
     are to a serving engine (PagedAttention, Kwon et al. 2023): each has whole pages, in which its kept keys
-    come first. Room for new tokens is reserved, and they are written in place. Two heads, if a page had 4
-    rows:
+    come first. Rows for new tokens are reserved, and written in place. Two heads, if a page had 4 rows:
 
                    head 0, kept[0] = 6                       head 1, kept[1] = 1
                    page 0        page 1        page 2        page 3
@@ -334,12 +323,10 @@ class Table:
     """
 
     @torch.inference_mode(False)  # a cache made in inference mode can be used outside of it too
-    def __init__(
-        self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, n_new: int, reserved: int
-    ):
-        # keys, values (rows, D): of each head, one head after the other, what it kept and n_new tokens after
-        # it positions: of the kept keys, one head after the other; kept (N,): how many these are, on the CPU
-        # reserved: tokens after the prompt to have rows for
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, n_new, reserved):
+        # keys, values (rows, D): one head after the other, what it kept, and n_new tokens after it
+        # positions: of the kept keys, one head after the other; kept (N,): how many a head kept, on the CPU
+        # reserved: how many tokens after the prompt are to have rows
         n_pages = (kept + reserved + PAGE - 1) // PAGE
         first_page = n_pages.cumsum(0) - n_pages  # (N,)
         self.kept, self.reserved, self.positions = kept.tolist(), reserved, positions.int()
@@ -364,11 +351,11 @@ class Table:
         return Table(keys, values, self.positions, torch.tensor(self.kept), self.reserved, reserved)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, new: Tensor, n_new: int) -> Tensor:
-        """Adds new tokens' keys and values (B, H_kv, T, D); their queries (B, H, T, D) attend, the result is
-        like them.
+        """New tokens' queries (B, H, T, D) attend to the table, which their keys and values (B, H_kv, T, D)
+        join.
 
-        new (T,): a token's number, where the first token after the prompt has 0. n_new: how many there are by
-        now.
+        new (T,) numbers the tokens from the first one after the prompt, which is 0; n_new is their count so
+        far. The result is like the queries.
         """
         all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
         rows = self.first_new[:, None] + new  # (N, T)
@@ -390,8 +377,7 @@ class Table:
         return torch.cat(y).view_as(queries)
 
     def flex_attend(self, queries: Tensor, new: Tensor) -> Tensor:
-        """One new token's attention, compiled: a single kernel for all heads, each of which reads its own
-        pages.
+        """One new token's attention, compiled: one kernel for all heads, each of which reads its own pages.
 
         Each of the N heads is a prompt of its own with one head, and a group's G queries are its query rows:
         so inductor takes its kernel for decoding (flex_decoding.py lists the conditions). Of a GPU is known:
@@ -425,7 +411,7 @@ class Table:
 
 
 class KVCache:
-    """The keys and values of B prompts of one length, in every layer; a head holds only those its policy
+    """The keys and values of B prompts of one length: of the prompt, each head holds only what its policy
     kept.
 
     max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by
@@ -453,17 +439,13 @@ class KVCache:
         """Sees to it that every layer has rows for n_tokens more."""
         n_new = self.length - self.prompt_length
         for layer, table in enumerate(self.layers):
-            if (
-                table.reserved < n_new + n_tokens
-            ):  # each by itself: an interrupted step may be followed by any other
+            if table.reserved < n_new + n_tokens:  # each by itself: a step may have been interrupted
                 reserved = n_new + max(n_tokens, self.max_new_tokens)
-                self.layers[layer] = table.grown(
-                    min(reserved, self.config.context_length - self.prompt_length)
-                )
+                most = self.config.context_length - self.prompt_length
+                self.layers[layer] = table.grown(min(reserved, most))
 
     def advance(self, n_tokens: int):
-        """Counts tokens that every layer has read; the first ones are the prompt. A negative number takes
-        them back."""
+        """Counts tokens that all layers have read, the prompt first. A negative number takes them back."""
         self.length += n_tokens
         self.prompt_length = self.prompt_length or self.length
 
@@ -474,13 +456,12 @@ class KVCache:
 
     @property
     def kept(self) -> Tensor:
-        """How many of the prompt's keys each KV head kept, summed over the batch: (n_layer, H_kv), on the
+        """How many of the prompt's keys each head kept, summed over the batch: (n_layer, H_kv), on the
         CPU."""
         if self.length == 0:
             raise ValueError("the cache is empty: nothing is kept before a prompt is read")
-        return (
-            torch.tensor([table.kept for table in self.layers]).unflatten(1, (self.batch_size, -1)).sum(dim=1)
-        )
+        kept = torch.tensor([table.kept for table in self.layers])  # (n_layer, N)
+        return kept.unflatten(1, (self.batch_size, -1)).sum(dim=1)
 
     @property
     def usage(self) -> float:

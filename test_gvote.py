@@ -463,7 +463,7 @@ def test_broken_checkpoints_are_named(tmp_path):
     broken(r"Unexpected key.*extra")
     for size in (0, 4, 1000, len(good_file) - 1):
         file.write_bytes(good_file[:size])
-        broken(r"model.safetensors is damaged .* delete and fetch")
+        broken(r"model.safetensors is damaged .*: delete")
     file.unlink()
     broken("model.safetensors", FileNotFoundError)
     config.write_text(good_config[:50])
@@ -1214,7 +1214,7 @@ def test_command_errors_are_one_line(llama, tokenizer, tmp_path, monkeypatch):
         (["hi", "--device", "nonsense"], "device nonsense cannot be used"),
         (["hi", "--device", "meta"], "device meta cannot be used"),
         (["hi", "--model", str(tmp_path / "none")], "no folder"),
-        (["hi", "--model", str(cut)], f"model.safetensors is damaged .* delete and fetch {cut} again"),
+        (["hi", "--model", str(cut)], f"model.safetensors is damaged .*: delete {cut}"),
         (["hi", "--seed", "x"], "--seed: invalid int value: 'x'"),
     ]:
         assert re.search(message, failing(monkeypatch, *args)), args
