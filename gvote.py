@@ -6,12 +6,14 @@ draws from a Gaussian. So GVote draws some, and lets each vote for the keys it n
 
     1. fit_gaussian     mean and standard deviation of the prompt's hidden states, channel by channel
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
-    3. each of these queries votes, by one of two rules:
+    3. each of these queries votes for keys, by one of two rules:
        top_p_mask           this repo's default: for its own nucleus
-       current_query_mask   the paper's rule: for as many best keys as the current query's nucleus has
-    4. GVote            each key/value head keeps the union: every key that got a vote
+       current_query_mask   the paper's rule: for its own n best keys, where n is the size of the nucleus of
+                            the current query, that of the prompt's last token
+    4. GVote.__call__   each key/value head keeps the union: every key that got a vote
 
-Nobody sets how many keys a head keeps: that comes out. `PeakVotes`, at the end, is a variant of ours.
+Nobody sets how many keys a head keeps: that number follows from the votes. All this was written from
+summaries of the paper, not from the paper itself. `PeakVotes`, at the end, is a variant of ours.
 
 Shapes: B prompts, T tokens, C channels; H query heads and H_kv key/value heads, each shared by a group of
 G = H / H_kv query heads; D channels a head; S samples, so G * S of them vote on one key/value head's keys.
@@ -30,11 +32,12 @@ from torch import Tensor, nn
 #           states (B, N, C), rotated to positions (N,); attn.layer is the layer's number
 #   hidden  (B, T, C), what this attention read: the layer's input after its RMSNorm
 #   keys    (B, H_kv, T, D), rotated; values (B, H_kv, T, D)
-#   keep    (B, H_kv, T) bool, True where the key and its value stay
+#   keep    (B, H_kv, T) bool, True where the key and its value stay; a head may keep none
 Policy = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
-# A summary of the paper leaves the first tokens out of the statistics: they are sinks, on which attention
-# rests whatever they say. It does not say how many: StreamingLLM (arXiv 2309.17453) counts 4.
+# A summary of the paper leaves the first tokens out of the statistics: they are sinks, which get much
+# attention whatever their content. It does not say how many: StreamingLLM (arXiv 2309.17453) keeps 4 as
+# sinks. They can be voted for like any other key.
 N_SINK = 4
 
 
@@ -50,14 +53,15 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_generator(attn: nn.Module, seed: int) -> torch.Generator:
-    """A layer's own randomness, drawn on the CPU, so that it is the same on any device."""
-    return torch.Generator().manual_seed(int(1000 * seed + attn.layer) % 2**32)
+    """A layer's own source of noise, on the CPU, so that the noise is the same on any device."""
+    return torch.Generator().manual_seed((1000 * int(seed) + attn.layer) % 2**32)
 
 
-def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int):
-    """Step 2: S plausible future queries (B, H, S, D), one at each of the positions from `position` on.
+def sample_queries(attn, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int) -> Tensor:
+    """Step 2: S plausible future queries (B, H, S, D); sample s stands at `position` + s.
 
-    Every layer has noise of its own. The prompts of a batch share it, so a prompt has the same samples alone.
+    Every layer has noise of its own. The prompts of a batch share it, so a prompt has the same samples alone
+    as in a batch.
     """
     noise = torch.randn(n_samples, mean.size(-1), generator=layer_generator(attn, seed), dtype=torch.float32)
     hidden = mean[:, None] + std[:, None] * noise.to(mean.device)  # (B, S, C)
@@ -66,8 +70,8 @@ def sample_queries(attn: nn.Module, mean: Tensor, std: Tensor, n_samples: int, p
 
 
 def attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """Queries (B, H, S, D) and all keys (B, H_kv, T, D) -> softmax(q K^T / sqrt(D)) (B, H_kv, G * S, T)."""
-    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(2, 3)  # (B, H_kv, G * S, D)
+    """N queries (B, H, N, D), all keys (B, H_kv, T, D) -> softmax(q K^T / sqrt(D)) (B, H_kv, G * N, T)."""
+    queries = queries.unflatten(1, (keys.size(1), -1)).flatten(2, 3)  # (B, H_kv, G * N, D)
     return (queries.float() @ keys.float().mT / math.sqrt(keys.size(-1))).softmax(dim=-1)
 
 
@@ -81,31 +85,32 @@ def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     if top_p == 1:
         return torch.ones_like(probs, dtype=torch.bool)
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
-    chosen = ranked.cumsum(dim=-1) - ranked < top_p  # the better keys together hold less than top_p
+    held_by_better = ranked.cumsum(dim=-1) - ranked
+    chosen = held_by_better < top_p
     chosen[..., 0] = True  # the best key is in, even if top_p is so small that it is 0 in float32
     return torch.empty_like(chosen).scatter_(-1, order, chosen)
 
 
 def current_query_mask(probs: Tensor, current: Tensor, top_p: float) -> Tensor:
-    """Step 3, the paper's rule: each query votes for as many best keys as the current query's nucleus has.
-    probs (B, H_kv, G * S, T), and those of the prompt's last query, current (B, H_kv, G, T) -> votes, bool.
+    """Step 3, the paper's rule: each query votes for its own n best keys, where n is the size of the current
+    query's nucleus. probs (B, H_kv, G * S, T), and current (B, H_kv, G, T), its attention -> votes, bool.
 
-    Written from summaries of the paper. They do not mention query heads that share keys: here these use the
-    mean of their sizes, rounded up.
+    The current query is that of the prompt's last token. The summaries do not mention query heads that share
+    keys: here n is the mean of their sizes, rounded up.
     """
     sizes = top_p_mask(current, top_p).sum(dim=-1)  # (B, H_kv, G)
-    size = sizes.float().mean(dim=-1).ceil()[..., None, None]
+    n = sizes.float().mean(dim=-1).ceil()[..., None, None]  # (B, H_kv, 1, 1)
     order = probs.argsort(dim=-1, descending=True, stable=True)
-    chosen = (torch.arange(probs.size(-1), device=probs.device) < size).expand_as(order)
+    chosen = (torch.arange(probs.size(-1), device=probs.device) < n).expand_as(order)
     return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, chosen)
 
 
 @dataclass(frozen=True)
 class GVote:
-    """Step 4, and the whole of GVote as a `Policy`: a key stays if any sample of its head voted for it.
+    """Step 4, and all of GVote as a `Policy`: a key stays if any of its head's G * S queries voted for it.
 
     budget="per_sample" (this repo's default) votes by `top_p_mask`, budget="current_query" (the paper's rule)
-    by `current_query_mask`. The paper recommends top_p=0.95 and at least 8 samples, for its rule.
+    by `current_query_mask`. top_p=0.95 and 8 samples are what the paper recommends for its rule.
 
     Raises ValueError, with the value, for invalid settings, and where hidden and keys do not fit each other.
     """
@@ -126,6 +131,7 @@ class GVote:
             raise ValueError(f"budget must be 'per_sample' or 'current_query', got {self.budget!r}")
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # keys.shape[::2] is (B, T)
         if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != keys.shape[::2] or not keys.numel():
             expected = "(B, T, C) and (B, H_kv, T, D), not empty"
             found = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"
@@ -146,27 +152,27 @@ class GVote:
 class PeakVotes:
     """A variant of ours, not the paper's: the prompt's own tokens vote, and a key's strongest vote counts.
 
-    The voters are the prompt's hidden states, each as a query at the position after the prompt, so that it
-    sees every key. A vote is the share of its attention that a voter gives a key. A key stays if any vote for
-    it reaches the bar, which is one for all heads and layers: a head may keep nothing.
+    All hidden states of the prompt become queries at position T, as the next query would be; there is no
+    causal mask, so each sees every key. Its vote for a key is the share of its attention that the key gets. A
+    key stays if any vote for it reaches the bar, which is the same for all heads and layers.
 
-    The more keys there are, the less attention each gets. So the bar holds for prompts of up to 400 tokens,
-    and falls as 1 / T beyond: by default a vote has to be 10 times an even share. Of 4,000 tokens the voting
-    takes two thirds as long as the reading. Raises ValueError, with the value, for a wrong bar.
+    The more keys there are, the less attention each gets. So the bar is `bar` for prompts of up to 400
+    tokens, and falls as bar * 400 / T beyond: by default a vote then has to be 10 times an even share, which
+    is 1 / T. Raises ValueError, with the value, for a wrong bar.
     """
 
     bar: float = 0.025
 
     def __post_init__(self):
         if not (isinstance(self.bar, numbers.Real) and 0 <= self.bar <= 0.5):
-            hint = "it is not a top_p: what was 0.98 is now 0.02"
+            hint = "it is not a top_p: for 0.98 give 0.02"
             raise ValueError(f"bar must be a number in [0, 0.5], got {self.bar!r} ({hint})")
 
     def score(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
-        """The strongest vote for each key, as if it were one of at most 400: (B, H_kv, T)."""
+        """The strongest vote for each key, times T / 400 if T > 400, to compare with `bar`: (B, H_kv, T)."""
         n_tokens = hidden.size(1)
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        at_once = max(1, 2**18 // n_tokens)  # their votes take 1 MiB a query head: larger parts are slower
+        at_once = max(1, 2**18 // n_tokens)  # their votes take 1 MiB a query head: more are slower on a CPU
         for voters in hidden.split(at_once, dim=1):
             queries = attn.queries(voters, torch.full((voters.size(1),), n_tokens, device=keys.device))
             peak = peak.maximum(attention(queries, keys).amax(dim=2))

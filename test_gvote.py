@@ -294,7 +294,7 @@ def test_invalid_settings_are_named(settings):
 
 
 def test_a_bar_of_the_old_scale_is_explained():
-    with pytest.raises(ValueError, match=r"got 0.98 \(it is not a top_p: what was 0.98 is now 0.02\)"):
+    with pytest.raises(ValueError, match=r"got 0.98 \(it is not a top_p: for 0.98 give 0.02\)"):
         PeakVotes(0.98)
 
 
