@@ -1,10 +1,14 @@
 """What the notebooks share: the style of their pictures, and a look at what each layer hands to a policy."""
 
 import os
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 
+from gvote import attention
 from model import KVCache, Llama, keep_all
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
@@ -61,3 +65,20 @@ def record(model: Llama, ids: Tensor) -> list[tuple]:
 
     model(ids, KVCache(model.config, len(ids)), look)
     return layers
+
+
+def place(words: list[str], passage: str) -> range:
+    """The numbers of a passage's tokens in a text of tokens with these words: none where there is no such."""
+    start, ends = "".join(words).find(passage), list(accumulate(map(len, words)))
+    return range(bisect_right(ends, start), bisect_left(ends, start + len(passage)) + 1 if start >= 0 else 0)
+
+
+def look_up(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
+    """The heads, numbered through all layers, in which a token of the answer pays more than half of its
+    attention to the prompt (1, T) to the keys at these positions."""
+    n_tokens, paid = prompt.size(1), []
+    for attn, hidden, keys, _ in record(model, torch.cat((prompt, torch.tensor([answer])), dim=1)):
+        queries = attn.queries(hidden[:, n_tokens:], n_tokens + torch.arange(len(answer)))
+        probs = attention(queries, keys[:, :, :n_tokens])[0]  # (H_kv, G * N, T)
+        paid.append(probs[..., positions].sum(dim=-1).amax(dim=-1))
+    return (torch.cat(paid) > 0.5).nonzero().flatten().tolist()
