@@ -1,10 +1,16 @@
 """What the notebooks share: the style of their pictures, and a look at what each layer hands to a policy."""
 
 import os
+import textwrap
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 
 import matplotlib.pyplot as plt
+import torch
+from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
+from gvote import attention
 from model import KVCache, Llama, keep_all
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
@@ -61,3 +67,78 @@ def record(model: Llama, ids: Tensor) -> list[tuple]:
 
     model(ids, KVCache(model.config, len(ids)), look)
     return layers
+
+
+def place(words: list[str], passage: str) -> range:
+    """The numbers of a passage's tokens in a text of tokens with these words: none where there is no such."""
+    start, ends = "".join(words).find(passage), list(accumulate(map(len, words)))
+    return range(bisect_right(ends, start), bisect_left(ends, start + len(passage)) + 1 if start >= 0 else 0)
+
+
+def look_up(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
+    """The heads, numbered through all layers, in which a token of the answer pays more than half of its
+    attention to the prompt (1, T) to the keys at these positions."""
+    n_tokens, paid = prompt.size(1), []
+    for attn, hidden, keys, _ in record(model, torch.cat((prompt, torch.tensor([answer])), dim=1)):
+        queries = attn.queries(hidden[:, n_tokens:], n_tokens + torch.arange(len(answer)))
+        probs = attention(queries, keys[:, :, :n_tokens])[0]  # (H_kv, G * N, T)
+        paid.append(probs[..., positions].sum(dim=-1).amax(dim=-1))
+    return (torch.cat(paid) > 0.5).nonzero().flatten().tolist()
+
+
+def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str):
+    """Which words does a policy throw away? A passage of the prompt around a note, each token shaded by the
+    share of the heads that keep its key. panels: by name a cache and the answer; the first cache is full."""
+    words = [tokenizer.decode([token]).replace("\n", " ") for token in prompt[0].tolist()]
+    marked, n_heads = place(words, note), model.config.n_layer * model.config.n_kv_head
+    passage = [*range(10), *range(marked[0] - 66, marked[-1] + 70), *range(len(words) - 31, len(words))]
+    digits = {i for i in marked if words[i].isdigit()}
+    (_, answer), *_ = panels.values()
+    lookers = [divmod(i, model.config.n_kv_head) for i in look_up(model, prompt, answer, sorted(digits))]
+
+    shades = LinearSegmentedColormap.from_list("kept", ["white", "#08305c"])
+    width, n_columns, line = 7.55, 64, 1
+    column = width / (n_columns + 2)  # inches
+    figure = plt.figure(layout="none")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-1, n_columns + 1))
+    axis.axis("off")
+    font = {
+        "family": "DejaVu Sans Mono",
+        "size": 72 * column / 0.602,
+        "va": "center_baseline",
+    }  # a column wide
+
+    def write(text: str, x: float = 0, share: float = 0.0, weight: str = "normal"):
+        axis.add_patch(plt.Rectangle((x, line - 0.45), len(text), 0.9, color=shades(share), linewidth=0))
+        axis.text(x, line, text, color="white" if share > 0.64 else BLACK, weight=weight, **font)
+
+    for i, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+        write(f"{share:5.0%} ", 6 * i, share)
+    write(f"of the {n_heads} heads keep the key.", 31)
+    axis.hlines((line + 0.6, line + 1.5), 0, 8, color=RED, linewidth=2)
+    line += 1.05
+    write(" The note, which the question at the end asks for.", 8)
+    for name, (cache, answer) in panels.items():
+        heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=len(words))
+        line, x, before = line + 2, 0, -1
+        write(f"{name} keeps {cache.usage:.0%} of the keys", weight="bold")
+        line += 1.2
+        for i in passage:
+            gap, word, before = "" if i == before + 1 else " [...] ", words[i], i
+            if x + len(gap + word) > n_columns:
+                line, x, gap, word = line + 1, 0, gap.lstrip(), word if gap else word.lstrip()
+            write(gap, x)
+            write(word, x + len(gap), heads[i].item() / n_heads)
+            x += len(gap + word)
+            if i in marked:
+                axis.hlines((line - 0.45, line + 0.45), x - len(word), x, color=RED, linewidth=2)
+        found = sum(digits <= set(cache.kept_positions(*head).tolist()) for head in lookers)
+        text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
+        line += 1.3
+        write(f"{found} of the {len(lookers)} heads that look up the code keep its digits.")
+        for row in textwrap.wrap(f"Answer: {textwrap.shorten(text, 100, placeholder=' ...')}", n_columns):
+            line += 1
+            write(row, weight="bold")
+    axis.set_ylim(line + 1, 0)
+    figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
+    return figure

@@ -1,0 +1,152 @@
+"""The page of explore.py in a real browser: it keeps what the policies keep, and shows text as text."""
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+import explore
+from generate import checkpoint_folder, encode, load_tokenizer
+from gvote import GVote, PeakVotes
+from model import KVCache, Llama
+from plots import record
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here (Debian: apt-get install chromium)"
+)
+websocket = pytest.importorskip("websocket", reason="websocket-client, which comes with Jupyter, is missing")
+
+FLAGS = """--headless --no-sandbox --remote-debugging-port=0 --disable-gpu --disable-quic --no-first-run
+--disable-background-networking --disable-component-update --disable-sync"""
+MARKUP = 'Tom & Ann hid 7 keys.\n</script><img src=x onerror="console.error(1)"><!-- DATA &amp; 🔑 鍵\n'
+SETTINGS = [
+    *({"rule": "per_sample", "top_p": p, "n_samples": n} for p, n in ((0.95, 8), (0.6, 1), (0.99, 16))),
+    *({"rule": "current_query", "top_p": p, "n_samples": n} for p, n in ((0.95, 8), (0.8, 3), (1, 2))),
+    *({"rule": "peak_votes", "bar": bar} for bar in (0.02, 0.003, 0.2)),
+]
+
+
+class Browser:
+    """Headless Chromium with a page open, driven by the DevTools protocol."""
+
+    def __init__(self, page: Path, profile: Path):
+        self.process = subprocess.Popen(
+            [CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"], stderr=subprocess.DEVNULL
+        )
+        port = profile / "DevToolsActivePort"
+        self.wait(lambda: port.exists() and "\n" in port.read_text())
+        with urlopen(f"http://127.0.0.1:{port.read_text().split()[0]}/json") as answer:
+            url = next(x["webSocketDebuggerUrl"] for x in json.load(answer) if x["type"] == "page")
+        self.socket, self.n_sent, self.events = websocket.create_connection(url, suppress_origin=True), 0, []
+        for domain in ("Network", "Runtime", "Log", "Page"):
+            self.send(f"{domain}.enable")
+        self.send("Page.navigate", url=page.as_uri())
+        self.wait(lambda: self.run("document.querySelectorAll('#text span').length"))
+
+    def wait(self, ready, seconds: float = 20):
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end, "the browser does not get ready"
+            time.sleep(0.05)
+
+    def send(self, method: str, **params) -> dict:
+        self.n_sent += 1
+        self.socket.send(json.dumps({"id": self.n_sent, "method": method, "params": params}))
+        while (message := json.loads(self.socket.recv())).get("id") != self.n_sent:
+            self.events.append(message)
+        return message["result"]
+
+    def run(self, script: str):
+        result = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def choose(self, rule: str, **sliders):
+        """As a reader does: presses the rule's button, moves the sliders."""
+        self.run(f"document.querySelector('input[value={rule}]').click()")
+        for name, value in sliders.items():
+            slider = f"document.getElementById('{name}')"
+            self.run(f"{slider}.value = {value}; {slider}.dispatchEvent(new Event('input'))")
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama.from_pretrained(checkpoint_folder())
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(checkpoint_folder())
+
+
+def policy(rule: str, **settings):
+    return PeakVotes(**settings) if rule == "peak_votes" else GVote(**settings, budget=rule)
+
+
+def check_page(browser: Browser, model: Llama, ids: torch.Tensor, n_different: int):
+    """The page's masks and figures against those of the policies, which read the prompt here and now."""
+    layers = record(model, ids)
+    for settings in SETTINGS:
+        browser.choose(**settings)
+        masks = torch.cat([policy(**settings)(*layer) for layer in layers])  # (layers, H_kv, T)
+        rows = browser.run("kept.map(mask => mask.join('')).join(' ')").split()
+        shown = torch.tensor([[bit == "1" for bit in row] for row in rows]).view_as(masks)
+        assert (shown != masks).sum() <= n_different, settings
+        cache = KVCache(model.config, max_new_tokens=explore.NEW_TOKENS)
+        for (attn, _, keys, values), mask in zip(layers, shown, strict=True):
+            cache.fill(attn.layer, keys, values, mask[None])
+        cache.advance(ids.size(1))
+        total = browser.run("document.getElementById('total').textContent")
+        assert f" {cache.usage:.0%} " in total and f" {cache.nbytes / 2**20:.1f} MiB " in total, (
+            settings,
+            total,
+        )
+
+
+def check_silence(browser: Browser, page: Path):
+    """Nothing was asked of any other place, nothing was logged, nothing failed."""
+    asked = [
+        x["params"]["request"]["url"] for x in browser.events if x["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked == [page.as_uri()]
+    loud = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    assert not [x for x in browser.events if x["method"] in loud]
+
+
+def test_committed_page(model, tokenizer, tmp_path):
+    page = Path(explore.__file__).with_name("explore.html")
+    assert page.stat().st_size < 1.5e6
+    browser = Browser(page, tmp_path)
+    try:
+        ids = encode(tokenizer, browser.run("data.words.join('')"), chat=False)
+        check_page(browser, model, ids, n_different=10)  # of 103,680 keys: another CPU may round differently
+        check_silence(browser, page)
+    finally:
+        browser.close()
+
+
+def test_page_of_a_text_with_markup(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(explore, "NEW_TOKENS", 4)
+    page = tmp_path / "page.html"
+    page.write_text(explore.make_page(model, tokenizer, MARKUP, stop=[]), encoding="utf-8")
+    browser = Browser(page, tmp_path / "profile")
+    try:
+        ids = encode(tokenizer, MARKUP)
+        check_page(browser, model, ids, n_different=0)
+        shown = browser.run("document.getElementById('text').textContent").replace("↵", "")
+        assert shown == tokenizer.decode(ids[0]) and MARKUP.strip() in shown
+        assert browser.run("document.images.length") == 0
+        check_silence(browser, page)
+    finally:
+        browser.close()
