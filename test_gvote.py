@@ -1153,7 +1153,7 @@ def test_command_compares_policies_and_shows_what_they_kept(tmp_path):
     args = ["Of cats and\ndogs.", "--policy", *policies, "--samples", "4", "--show-kept", "--raw"]
     done = command(*args, "--max-new-tokens", "2", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    assert "GVote(top_p=0.8, n_samples=4, seed=0" in done.stdout and "PeakVotes(bar=0.02," in done.stdout
+    assert "GVote(top_p=0.8, n_samples=4, seed=0" in done.stdout and "PeakVotes(bar=0.025)" in done.stdout
     shown = re.findall(r"^Of cats and\n([▁▂▃▄▅▆▇█]{11})\ndogs.\n([▁▂▃▄▅▆▇█]{5})$", done.stdout, re.M)
     assert len(shown) == 3 and shown[0] != shown[1] and shown[2] == ("▁" * 11, "█" * 5)
     assert re.search(r"^gvote:0.8 +\d+%", done.stdout, re.M) and f"\n{own}  " in done.stdout
