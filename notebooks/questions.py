@@ -1,0 +1,654 @@
+"""Eight questions that the paper's reviewers asked, and what this repo measures on each.
+
+python notebooks/questions.py            all eight, half an hour on one core; writes results/questions.json
+python notebooks/questions.py 3 8        only these: the other results stay as they are
+python notebooks/questions.py table      measures nothing, prints the answers
+
+Each question is a function. It returns figures by name, each a list with one value per text, so that two of
+them can be compared text by text. `table` makes sentences of them. Their numbers come from the file of results.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
+
+import torch
+from torch import Tensor
+
+from baselines import METHODS, observed_attention
+from benchmarks import wilson
+from generate import DEFAULT, checkpoint_folder, encode, generate, load_tokenizer, next_turn
+from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
+from model import Llama
+from plots import record
+from speed import device_name
+from tasks import NAMES, T95, THINGS, Task, continuation, entry, keep_share, mean_interval
+
+RESULTS = Path(__file__).with_name("results") / "questions.json"
+N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
+RULES = ("per_sample", "current_query")  # this repo's default, and the paper's
+Figures = dict[str, list]  # by name, one value per text
+PAGES = "typesseq typesmapping debugger strings comparisons execmodel".split()
+MORE_PAGES = "assignment try calls sequence-types numeric-types function".split()
+MODULES = "ast heapq random shutil statistics zipfile".split()
+
+
+def passages(n: int = 12) -> list[str]:
+    """Up to 12 texts, in turns pages of the Python language reference and modules of its standard library.
+    They are not those of tasks.py."""
+    modules = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
+    return [text for pair in zip(map(topics.get, PAGES), modules, strict=True) for text in pair][:n]
+
+
+def plain(tokenizer, text: str) -> Tensor:
+    return encode(tokenizer, text, chat=False)
+
+
+def cut(tokenizer, text: str, n_tokens: int) -> str:
+    return tokenizer.decode(plain(tokenizer, text)[0, :n_tokens], clean_up_tokenization_spaces=False)
+
+
+def read(model: Llama, tokenizer, n: int, n_next: int = N_NEXT) -> Iterator[tuple[int, Task]]:
+    """The texts as tasks, each with a number, which is also the seed of what GVote draws for it."""
+    for number, text in enumerate(passages(n)):
+        yield number, continuation(model, tokenizer, text, N_PROMPT, n_next)
+
+
+def masks(task: Task, policy: Callable) -> list[Tensor]:
+    return [policy(*layer) for layer in task.layers]
+
+
+def share(variant: list[Tensor]) -> float:
+    """The share of keys kept, in %."""
+    return 100 * torch.cat(variant).float().mean().item()
+
+
+def entries(layer: tuple, rule: str, seed: int, gaussian: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The top_p from which on GVote keeps each key, (1, H_kv, T): `entries(...) < top_p` is its mask.
+
+    layer: what a policy is given. gaussian: mean and standard deviation, if not fitted to this prompt.
+    """
+    attn, hidden, keys, _ = layer
+    n_tokens = hidden.size(1)
+    mean, std = fit_gaussian(hidden) if gaussian is None else gaussian
+    probs = attention(sample_queries(attn, mean, std, 8, n_tokens, seed), keys)  # (1, H_kv, G * S, T)
+    if rule == "per_sample":
+        return entry(probs).amin(dim=2)
+    last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1]))
+    nuclei = entry(attention(last, keys))  # (1, H_kv, G, T)
+    rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(dim=2)
+    # the mean size of the G nuclei exceeds a rank once they hold more than G times as many keys together
+    return nuclei.flatten(2).sort(dim=-1).values.gather(-1, nuclei.size(2) * rank)
+
+
+# 1. Is it Gaussian?
+
+
+def gaussian_distance(x: Tensor) -> Tensor:
+    """How far each channel of x (N, C) is from a Gaussian, (C,): its values in order, against the quantiles of
+    a Gaussian with the same mean and standard deviation. Mean distance, in standard deviations."""
+    std, mean = torch.std_mean(x, dim=0, correction=0)
+    ordered = ((x - mean) / std).sort(dim=0).values
+    quantiles = torch.distributions.Normal(0, 1).icdf((torch.arange(len(x)) + 0.5) / len(x))
+    return (ordered - quantiles[:, None]).abs().mean(dim=0)
+
+
+def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """Before and after the norm, of all tokens and without the first: the channels' distance, mean, by layer and
+    worst, and how many channels (in %) are farther than 99% of equally large Gaussian samples."""
+    draw = torch.Generator().manual_seed(0)
+    normal = torch.randn(N_PROMPT - N_SINK, 10_000, generator=draw)
+    laplace = torch.empty_like(normal).exponential_(generator=draw) * normal.sign()
+    limit = gaussian_distance(normal).quantile(0.99)
+    figures, inputs = defaultdict(list), []
+    for text in passages(n):
+        inputs.clear()  # of each layer, before its norm
+        hooks = [
+            block.input_layernorm.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
+            for block in model.layers
+        ]
+        layers = record(model, plain(tokenizer, text)[:, :N_PROMPT])
+        for hook in hooks:
+            hook.remove()
+        for where, states in (("before", inputs), ("after", [hidden[0] for _, hidden, _, _ in layers])):
+            for which, skipped in (("all", 0), ("rest", N_SINK)):
+                distance = torch.stack([gaussian_distance(x[skipped:]) for x in states])  # (layers, C)
+                figures[f"{where}, {which}"].append(distance.mean().item())
+                figures[f"{where}, {which}, by layer"].append(distance.mean(dim=1).tolist())
+                figures[f"{where}, {which}, worst channel"].append(distance.max().item())
+                figures[f"{where}, {which}, far"].append(100 * (distance > limit).float().mean().item())
+        for name, x in (("a Gaussian", normal), ("a Laplace", laplace)):
+            figures[name].append(gaussian_distance(x).mean().item())
+    return figures
+
+
+def answer_gaussian(f: Figures) -> str:
+    return (
+        f"On average a channel's quantiles miss a Gaussian's by {show(f['after, rest'])} standard deviations after the "
+        f"norm and by {show(f['before, rest'])} before it, without the first {N_SINK} tokens (with them "
+        f"{show(f['after, all'])} and {show(f['before, all'])}). Draws from a Gaussian miss by "
+        f"{f['a Gaussian'][0]:.3f}, from a Laplace distribution by {f['a Laplace'][0]:.3f}. After the norm "
+        f"{show(f['after, rest, far'], '.0f', '%')} of the channels are farther off than 99% of Gaussian samples."
+    )
+
+
+# 2. Are sampled queries good proxies of the future ones?
+
+
+def overlap(p: Tensor, q: Tensor) -> Tensor:
+    """What two distributions over the last dim share: 1 if they are equal, 0 if no key has a part in both."""
+    return p.minimum(q).sum(dim=-1)
+
+
+def proxies(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """For each kind of proxies, over all query heads: the overlap of their mean attention with that of the next
+    64 queries ("mean"), and the overlap of such a query with the proxy most like it ("best")."""
+    figures = defaultdict(list)
+    for number, task in read(model, tokenizer, n, 2 * N_NEXT):
+        by_layer = defaultdict(list)
+        picked = torch.randperm(N_PROMPT, generator=torch.Generator().manual_seed(number))
+        moved = {  # the prompt's own queries, moved to the next positions
+            "8 random tokens": picked[:8],
+            "64 random tokens": picked[:N_NEXT],
+            "the first 64 tokens": torch.arange(N_NEXT),
+            "the last 64 tokens": torch.arange(N_PROMPT - N_NEXT, N_PROMPT),
+        }
+        for (attn, hidden, keys, _), future in zip(task.layers, task.attention, strict=True):
+            true, after = future.unflatten(2, (-1, 2 * N_NEXT)).split(N_NEXT, dim=3)  # (1, H_kv, G, N, T)
+            window = observed_attention(attn, hidden, keys, N_PROMPT - N_NEXT, N_PROMPT)
+            found = {
+                "the 64 after those": after,
+                "SnapKV, window": window,
+                "the last query": window[..., -1:, :],
+            }
+            for name, tokens in moved.items():
+                found[name] = attn.queries(hidden[:, tokens], N_PROMPT + torch.arange(len(tokens)))
+            for size in (8, N_NEXT):
+                found[f"{size} samples"] = sample_queries(attn, *fit_gaussian(hidden), size, N_PROMPT, number)
+            for name, each in found.items():
+                paid = attention(each, keys).unflatten(2, (-1, each.size(2))) if each.dim() == 4 else each
+                some = true[..., ::4, :]  # one in four is enough
+                best = torch.stack([overlap(one[..., None, :], some) for one in paid.unbind(dim=3)]).amax(
+                    dim=0
+                )
+                by_layer[f"{name}, mean"].append(overlap(paid.mean(dim=3), true.mean(dim=3)).mean())
+                by_layer[f"{name}, best"].append(best.mean())
+        for name, values in by_layer.items():
+            figures[name].append(torch.stack(values).mean().item())
+    return figures
+
+
+def answer_proxies(f: Figures) -> str:
+    names = ("8 samples", "8 random tokens", "64 samples", "64 random tokens", "the last 64 tokens")
+    at_next = ", ".join(f"{name} {show(f[f'{name}, mean'], '.2f')}" for name in names)
+    return (
+        "Overlap of mean attention with that of the next 64 true queries, from 0 to 1. At the next positions: "
+        f"{at_next}. At their own: SnapKV's window (the last 64) {show(f['SnapKV, window, mean'], '.2f')}, the last "
+        f"query alone {show(f['the last query, mean'], '.2f')}. The 64 true queries after those: "
+        f"{show(f['the 64 after those, mean'], '.2f')}."
+    )
+
+
+# 3. How much do two runs differ?
+
+
+def seeds(model: Llama, tokenizer, n: int = 12, n_seeds: int = 20) -> Figures:
+    figures = defaultdict(list)
+    for number, task in read(model, tokenizer, n):
+        for rule in RULES:
+            runs = [masks(task, GVote(seed=n_seeds * number + i, budget=rule)) for i in range(n_seeds)]
+            shares = torch.tensor([share(run) for run in runs])
+            kl = torch.tensor([result["kl"] for result in task.test(runs)])
+            figures[f"{rule}, kept"].append(shares.mean().item())
+            figures[f"{rule}, kept, std"].append(shares.std().item())
+            figures[f"{rule}, kept, range"].append((shares.max() - shares.min()).item())
+            figures[f"{rule}, kl"].append(kl.mean().item())
+            figures[f"{rule}, kl, worst / best"].append((kl.max() / kl.min()).item())
+            figures[f"{rule}, kl, two runs"].append((kl[::2] / kl[1::2]).log().abs().mean().exp().item())
+    return figures
+
+
+def answer_seeds(f: Figures) -> str:
+    return " ".join(
+        f"`{rule}`: over 20 seeds the share kept of one text spans {show(f[f'{rule}, kept, range'], '.1f')} points "
+        f"(standard deviation {show(f[f'{rule}, kept, std'], '.1f')}). The KL of the worst seed is "
+        f"{show(f[f'{rule}, kl, worst / best'], '.1f')} times that of the best, and of two runs one is "
+        f"{show(f[f'{rule}, kl, two runs'], '.2f')} times the other."
+        for rule in RULES
+    )
+
+
+# 4. When does the current query's size help, when does it hurt?
+
+ENDINGS = {
+    "question": "\n\nWhat is this text about?",
+    "full stop": "",
+    "mid-word": " The next section expl",
+    "code": "\n\n   for i in range(10):\n       print(i",
+}
+
+
+def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """Twelve pages, cut after a sentence, with four endings each; what follows is the full cache's own answer.
+    "equal" is per_sample at a top_p with which it keeps as much as current_query does."""
+    figures = defaultdict(list)
+    for number, name in enumerate((PAGES + MORE_PAGES)[:n]):
+        start = cut(tokenizer, topics[name], N_PROMPT - 20)
+        start = start[: start.rindex(".") + 1]
+        for ending, words in ENDINGS.items():
+            prompt = plain(tokenizer, start + words)
+            task = Task(model, prompt, torch.tensor([list(generate(model, prompt, 32))]), 32)
+            found = {rule: [entries(layer, rule, number) for layer in task.layers] for rule in RULES}
+            variants = {rule: [x < 0.95 for x in found[rule]] for rule in RULES}
+            for rule in RULES:
+                figures[f"{ending}, {rule}, kept"].append(share(variants[rule]))
+            variants["equal"] = keep_share(found["per_sample"], share(variants["current_query"]) / 100)
+            for rule, result in zip(variants, task.test(list(variants.values())), strict=True):
+                figures[f"{ending}, {rule}, kl"].append(result["kl"])
+    return figures
+
+
+def answer_endings(f: Figures) -> str:
+    by_ending = "; ".join(
+        f"{ending}: keeps {show(f[f'{ending}, current_query, kept'], '.0f', '%')}, KL "
+        f"{show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])} times"
+        for ending in ENDINGS
+    )
+    return (
+        "What `current_query` keeps after each ending, and its KL compared with `per_sample`'s at the same share (less "
+        f"than 1: the current query's size helps). {by_ending}."
+    )
+
+
+# 5. Can the memory be capped?
+
+CAPS = (0.2, 0.4)
+RIVALS = ("h2o", "snapkv", "adakv_snapkv", "expected_attention")
+
+
+def capped(entries: Tensor, most: float, top_p: float = 0.95) -> Tensor:
+    """A layer's mask: of the keys that enter below top_p at most this share of all, those that enter first.
+    Each layer by itself, so that the cap holds while the prompt is read, too."""
+    flat = entries.flatten()
+    best = flat.argsort(stable=True)[: int(most * len(flat))]
+    mask = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, best, True)
+    return (mask & (flat < top_p)).view_as(entries)
+
+
+def cap(model: Llama, tokenizer, n: int = 12) -> Figures:
+    figures = defaultdict(list)
+    for number, task in read(model, tokenizer, n):
+        found = {rule: [entries(layer, rule, number) for layer in task.layers] for rule in RULES}
+        variants = {f"{rule}, own": [x < 0.95 for x in found[rule]] for rule in RULES}
+        for most in CAPS:
+            variants |= {f"{rule}, {most:.0%}": [capped(x, most) for x in found[rule]] for rule in RULES}
+            variants |= {f"{name}, {most:.0%}": masks(task, METHODS[name](most)) for name in RIVALS}
+        for (name, variant), result in zip(variants.items(), task.test(list(variants.values())), strict=True):
+            figures[f"{name}, kept"].append(share(variant))
+            figures[f"{name}, kl"].append(result["kl"])
+    return figures
+
+
+def answer_cap(f: Figures) -> str:
+    sentences = [
+        f"A cap of {most:.0%} multiplies the KL of `{rule}` (uncapped {show(f[f'{rule}, own, kept'], '.0f', '%')}) by "
+        f"{show_ratio(f[f'{rule}, {most:.0%}, kl'], f[f'{rule}, own, kl'])}. With the same cap, this times the KL of "
+        + ", ".join(
+            f"{name} is {show_ratio(f[f'{name}, {most:.0%}, kl'], f[f'{rule}, {most:.0%}, kl'])}"
+            for name in RIVALS
+        )
+        for rule in RULES
+        for most in CAPS
+    ]
+    return ". ".join(sentences) + "."
+
+
+# 6. Could one pool of samples serve every prompt?
+
+
+def mixture(fits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of equally long texts together, from those of each."""
+    means, stds = (torch.stack(x) for x in zip(*fits, strict=True))
+    mean = means.mean(dim=0)
+    return mean, ((stds**2 + means**2).mean(dim=0) - mean**2).sqrt()
+
+
+def pool(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """With the Gaussian of this text, of another of its kind, of one of the other kind, and of all others."""
+    figures, fits = defaultdict(list), []  # fits: by text and layer
+    for text in passages():
+        layers = record(model, plain(tokenizer, text)[:, :N_PROMPT])
+        fits.append([fit_gaussian(hidden) for _, hidden, _, _ in layers])
+    for number, task in read(model, tokenizer, n):
+        others = fits[:number] + fits[number + 1 :]
+        gaussians = {
+            "own": fits[number],
+            "same kind": fits[(number + 2) % len(fits)],
+            "other kind": fits[(number + 1) % len(fits)],
+            "all others": [mixture(of_layer) for of_layer in zip(*others, strict=True)],
+        }
+        for rule in RULES:
+            variants = []
+            for by_layer in gaussians.values():
+                pairs = zip(task.layers, by_layer, strict=True)
+                variants.append([entries(layer, rule, number, fit) < 0.95 for layer, fit in pairs])
+            for name, variant, result in zip(gaussians, variants, task.test(variants), strict=True):
+                figures[f"{rule}, {name}, kept"].append(share(variant))
+                figures[f"{rule}, {name}, kl"].append(result["kl"])
+        times = [time.perf_counter()]
+        for attn, hidden, _, _ in task.layers:
+            sample_queries(attn, *fit_gaussian(hidden), 8, N_PROMPT, number)
+        times.append(time.perf_counter())
+        masks(task, GVote(seed=number))
+        times.append(time.perf_counter())
+        figures["time of the samples"].append(100 * (times[1] - times[0]) / (times[2] - times[1]))
+    return figures
+
+
+def answer_pool(f: Figures) -> str:
+    sentences = [
+        f"With a Gaussian fitted to 11 other texts `{rule}` keeps {show(f[f'{rule}, all others, kept'], '.0f', '%')} in "
+        f"place of {show(f[f'{rule}, own, kept'], '.0f', '%')}, and its KL is "
+        f"{show_ratio(f[f'{rule}, all others, kl'], f[f'{rule}, own, kl'])} times as large (fitted to one text of the "
+        f"other kind: {show_ratio(f[f'{rule}, other kind, kl'], f[f'{rule}, own, kl'])} times)"
+        for rule in RULES
+    ]
+    saved = show(f["time of the samples"], ".0f", "%")
+    return (
+        ". ".join(sentences)
+        + f". Fitting and sampling take {saved} of GVote's time: a pool saves at most that."
+    )
+
+
+# 7. What becomes of long answers, and of a second turn?
+
+FIRST, SECOND = "What is this text about?", "Which detail of the text did you not mention?"
+
+
+def tokenwise(task: Task, rule: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Of each token after the first: KL from the full cache's prediction, and is the likeliest one right?"""
+    log_probs = task.predict([masks(task, GVote(seed=seed, budget=rule))])[0]
+    kl = (task.full.exp() * (task.full - log_probs)).sum(dim=-1)
+    return kl, log_probs.argmax(dim=-1) == task.after[0, 1:]
+
+
+def chat(model, tokenizer, text: str, *turns: tuple[str, str | None]) -> tuple[Task, list[slice]]:
+    """Turns about a text: a question, and the answer, or None for what the full cache answers. Compressed are
+    the text and the first question. Also says where among the scored tokens the answers are."""
+    prompt = ids = encode(tokenizer, f"{text}\n\n{turns[0][0]}")
+    end, places = tokenizer.eos_token_id, []
+    for number, (question, answer) in enumerate(turns):
+        ids = next_turn(tokenizer, ids, question) if number > 0 else ids
+        if answer is None:
+            new = ids.new_tensor([[token for token in generate(model, ids, 64, stop=[end]) if token != end]])
+        else:
+            new = plain(tokenizer, answer)
+        first = ids.size(1) - prompt.size(1) - 1  # the prompt's own prediction, -1, is not scored
+        places.append(slice(max(0, first), first + new.size(1)))
+        ids = torch.cat((ids, new), dim=1)
+    after = ids[:, prompt.size(1) :]
+    return Task(model, prompt, after, after.size(1)), places
+
+
+def long_answers(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """KL over 256 tokens of a text that goes on, in eight parts."""
+    figures = defaultdict(list)
+    for number, task in read(model, tokenizer, n, 256):
+        for rule in RULES:
+            parts = [part.mean().item() for part in tokenwise(task, rule, number)[0].chunk(8)]
+            figures[f"{rule}, by part"].append(parts)
+            figures[f"{rule}, first 32"].append(parts[0])
+            figures[f"{rule}, last 32"].append(parts[-1])
+    return figures
+
+
+def second_turn(model: Llama, tokenizer, n: int = 12) -> Figures:
+    """Chats of two turns: two general questions, and two after a number that is hidden in the text."""
+    figures = defaultdict(list)
+    for number, text in enumerate(passages(n)):
+        lines, draw = cut(tokenizer, text, N_PROMPT - 128).split("\n"), random.Random(number)
+        general = chat(model, tokenizer, "\n".join(lines), (FIRST, None), (SECOND, None))
+        turns = []
+        for thing in draw.sample(THINGS, 2):
+            fact = f"The special magic number for {thing} is {''.join(draw.choices('0123456789', k=7))}."
+            lines.insert(draw.randrange(1, len(lines)), fact)
+            turns.append((f"What is the special magic number for {thing}?", fact))
+        hidden = chat(model, tokenizer, "\n".join(lines), *turns)
+        for what, (task, places) in (("general", general), ("number", hidden)):
+            for rule in RULES:
+                kl, right = tokenwise(task, rule, number)
+                for turn, place in zip(("first", "second"), places, strict=True):
+                    figures[f"{rule}, {what}, {turn}, kl"].append(kl[place].mean().item())
+                    figures[f"{rule}, {what}, {turn}, exact"].append(float(right[place].all()))
+            full = task.full.argmax(dim=-1) == task.after[0, 1:]
+            for turn, place in zip(("first", "second"), places, strict=True):
+                figures[f"full cache, {what}, {turn}, exact"].append(float(full[place].all()))
+    return figures
+
+
+def later(model: Llama, tokenizer, n: int = 12) -> Figures:
+    return long_answers(model, tokenizer, n) | second_turn(model, tokenizer, n)
+
+
+def answer_later(f: Figures) -> str:
+    sentences = [
+        f"`{rule}`: over the first 32 of 256 tokens the KL is {show(f[f'{rule}, first 32'])}, over the last 32 "
+        f"{show(f[f'{rule}, last 32'])}. In a chat it is {show(f[f'{rule}, general, first, kl'])} in the first answer and "
+        f"{show(f[f'{rule}, general, second, kl'])} in the second. A number hidden in the text is told in the first turn "
+        f"{count(f[f'{rule}, number, first, exact'])} times, in the second {count(f[f'{rule}, number, second, exact'])}"
+        for rule in RULES
+    ]
+    full = [count(f[f"full cache, number, {turn}, exact"]) for turn in ("first", "second")]
+    return ". ".join(sentences) + f". (The full cache tells it {full[0]} and {full[1]} times.)"
+
+
+# 8. Is an automatic budget safe?
+
+KINDS = (
+    "prose", "code", "list of facts", "numbers", "random words", "random tokens", "a sentence repeated",
+    "a word repeated",
+)  # fmt: skip
+
+
+def prompts(tokenizer) -> list[Tensor]:
+    """Forty prompts, five of each kind, in turns: number i is of the kind KINDS[i % 8]."""
+    found, draw, texts = [], random.Random(0), passages()
+    for i in range(5):
+        facts = [
+            f"{draw.choice(NAMES)} has {draw.randrange(2, 99)} {draw.choice(THINGS)}s." for _ in range(400)
+        ]
+        numbers = [str(draw.randrange(10_000)) for _ in range(1000)]
+        tokens = torch.tensor([draw.choices(range(1000, 49_000), k=N_PROMPT)])  # no special ones
+        written = (
+            *texts[2 * i : 2 * i + 2],
+            "\n".join(facts),
+            " ".join(numbers),
+            " ".join(draw.choices(THINGS + NAMES, k=2000)),
+            tokens,
+            f"{NAMES[i]} puts the {THINGS[i]} on the table. " * 200,
+            f" {('the', 'no', 'table', 'hello', 'zero')[i]}" * 1200,
+        )
+        found += [x if isinstance(x, Tensor) else plain(tokenizer, x)[:, :N_PROMPT] for x in written]
+    return found
+
+
+def safe(model: Llama, tokenizer, n: int = 40) -> Figures:
+    """The share kept of each prompt, in %."""
+    figures = defaultdict(list)
+    for number, ids in enumerate(prompts(tokenizer)[:n]):
+        layers = record(model, ids)
+        for rule in RULES:
+            figures[rule].append(share([GVote(seed=number, budget=rule)(*layer) for layer in layers]))
+    return figures
+
+
+def answer_safe(f: Figures) -> str:
+    sentences = []
+    for rule in RULES:
+        by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
+        first, second, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
+        sentences.append(
+            f"The largest share that `{rule}` keeps of one of {len(f[rule])} prompts is {by_kind[first]:.0f}% "
+            f"({first}), of any other kind {by_kind[second]:.0f}% ({second}), of prose {by_kind['prose']:.0f}%"
+        )
+    return ". ".join(sentences) + "."
+
+
+# The results, and sentences made of them
+
+
+def show(values: list[float], spec: str = ".3f", unit: str = "") -> str:
+    """The mean of the texts, and its 95% interval."""
+    return "{:{s}}{u} ({:{s}}–{:{s}})".format(*mean_interval(values), s=spec, u=unit)
+
+
+def show_ratio(values: list[float], others: list[float]) -> str:
+    """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a text's
+    figures have in common drops out."""
+    logs = [math.log(a / b) for a, b in zip(values, others, strict=True)]
+    return "{:.2f} ({:.2f}–{:.2f})".format(*map(math.exp, mean_interval(logs)))
+
+
+def count(right: list[float]) -> str:
+    """How often, and the 95% interval of the share (Wilson's)."""
+    low, high = wilson(sum(right) / len(right), len(right))
+    return f"{sum(right):.0f} of {len(right)} ({low:.0%}–{high:.0%})"
+
+
+@dataclass(frozen=True)
+class Question:
+    title: str
+    measure: Callable[..., Figures]
+    answer: Callable[[Figures], str]
+    notebook: str
+
+
+GAUSSIAN, BUDGET, MEMORY = "1_walkthrough", "2_the_budget_finds_itself", "3_memory_and_speed"
+QUESTIONS = {
+    1: Question("Is it Gaussian?", gaussian, answer_gaussian, GAUSSIAN),
+    2: Question("Are sampled queries good proxies?", proxies, answer_proxies, GAUSSIAN),
+    3: Question("How much do two runs differ?", seeds, answer_seeds, BUDGET),
+    4: Question(
+        "When does the current query's size help, when does it hurt?", endings, answer_endings, BUDGET
+    ),
+    5: Question("Can the memory be capped, and what does it cost?", cap, answer_cap, MEMORY),
+    6: Question("Could one pool of samples serve every prompt?", pool, answer_pool, BUDGET),
+    7: Question("What becomes of long answers, and of a second turn?", later, answer_later, MEMORY),
+    8: Question("Is an automatic budget safe?", safe, answer_safe, BUDGET),
+}
+
+
+def results() -> dict[str, dict]:
+    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+
+
+def figures_of(number: int) -> Figures:
+    """A question's figures as they were measured, from the file of results."""
+    return {name: figure["by_text"] for name, figure in results()[str(number)]["figures"].items()}
+
+
+class Markdown(str):
+    """Text that a notebook shows as a table, and print as it is."""
+
+    def _repr_markdown_(self) -> str:
+        return self
+
+
+def table(*numbers: int) -> Markdown:
+    """The questions (all of them, if none is named), their answers, and the notebooks that show more."""
+    found, lines = (
+        results(),
+        [
+            "| Question | Answer: mean of the texts (95% interval) | Texts | Notebook |",
+            "| --- | --- | --- | --- |",
+        ],
+    )
+    for number in numbers or QUESTIONS:
+        question, result = QUESTIONS[number], found.get(str(number))
+        answer, n = (
+            (question.answer(figures_of(number)), result["texts"]) if result else ("not measured yet", 0)
+        )
+        link = f"[{question.notebook[0]}]({question.notebook}.ipynb)"
+        lines.append(f"| {number}. {question.title} | {answer} | {n} | {link} |")
+    return Markdown("\n".join(lines))
+
+
+def compare(number: int, again: Figures):
+    """Sets figures of the first texts, measured again, against the file of results; not those of time."""
+    before = figures_of(number)
+    pairs = [
+        (name, old, new)
+        for name in again
+        if "time" not in name
+        for old, new in zip(before[name], again[name])
+    ]
+    off = {name: abs(new / old - 1) for name, old, new in pairs if isinstance(new, float) and old}
+    worst = max(off, key=off.get)
+    n, where = len(again[worst]), results()[str(number)]["machine"]
+    print(
+        f"{len(off)} figures of {n} of the texts measured again: at most {off[worst]:.1%} from those of {where} ({worst})"
+    )
+
+
+def summary(values: list) -> dict:
+    """Of a figure: mean and 95% interval over the texts, and the value of each."""
+    rounded = [[float(f"{x:.4g}") for x in v] if isinstance(v, list) else float(f"{v:.4g}") for v in values]
+    if isinstance(values[0], list) or len(values) not in T95:
+        return {"by_text": rounded}
+    mean, low, high = mean_interval(rounded)
+    return {
+        "mean": float(f"{mean:.4g}"),
+        "interval": [float(f"{x:.4g}") for x in (low, high)],
+        "by_text": rounded,
+    }
+
+
+def load() -> tuple:
+    torch.set_grad_enabled(False)
+    folder = checkpoint_folder()
+    return Llama.from_pretrained(folder), load_tokenizer(folder)
+
+
+def main(numbers: list[int]):
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(
+        git, capture_output=True, text=True
+    ).stdout.strip()  # that of the code now running
+    model, tokenizer = load()
+    for number in numbers or QUESTIONS:
+        question, start = QUESTIONS[number], time.perf_counter()
+        figures = question.measure(model, tokenizer)
+        result = {
+            "question": question.title,
+            "command": f"python notebooks/questions.py {number}",
+            "commit": commit,
+            "machine": f"{device_name()}, Python {platform.python_version()}, torch {torch.__version__}",
+            "settings": f"{DEFAULT}, float32, top_p 0.95, 8 samples, {N_PROMPT} tokens of prompt",
+            "seconds": round(time.perf_counter() - start),
+            "texts": max(map(len, figures.values())),
+            "figures": {name: summary(values) for name, values in figures.items()},
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        everything = dict(sorted((results() | {str(number): result}).items()))
+        RESULTS.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        print(f"{number}. {question.title} ({result['seconds']} s)\n{question.answer(figures)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["table"]:
+        print(table())
+    else:
+        main([int(number) for number in sys.argv[1:]])
