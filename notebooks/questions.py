@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 
 from baselines import METHODS, observed_attention
-from benchmarks import wilson
 from generate import DEFAULT, checkpoint_folder, encode, generate, load_tokenizer, next_turn
 from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
 from plots import record
 from speed import device_name
-from tasks import NAMES, T95, THINGS, Task, continuation, entry, keep_share, mean_interval
+from stats import bootstrap, log_ratio, wilson
+from tasks import NAMES, THINGS, Task, continuation, entry, keep_share
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
@@ -512,14 +512,13 @@ def answer_safe(f: Figures) -> str:
 
 def show(values: list[float], spec: str = ".3f", unit: str = "") -> str:
     """The mean of the texts, and its 95% interval."""
-    return "{:{s}}{u} ({:{s}}–{:{s}})".format(*mean_interval(values), s=spec, u=unit)
+    return "{:{s}}{u} ({:{s}}–{:{s}})".format(*bootstrap(values), s=spec, u=unit)
 
 
 def show_ratio(values: list[float], others: list[float]) -> str:
     """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a text's
     figures have in common drops out."""
-    logs = [math.log(a / b) for a, b in zip(values, others, strict=True)]
-    return "{:.2f} ({:.2f}–{:.2f})".format(*map(math.exp, mean_interval(logs)))
+    return "{:.2f} ({:.2f}–{:.2f})".format(*map(math.exp, bootstrap(log_ratio(values, others))))
 
 
 def count(right: list[float]) -> str:
@@ -606,9 +605,9 @@ def compare(number: int, again: Figures):
 def summary(values: list) -> dict:
     """Of a figure: mean and 95% interval over the texts, and the value of each."""
     rounded = [[float(f"{x:.4g}") for x in v] if isinstance(v, list) else float(f"{v:.4g}") for v in values]
-    if isinstance(values[0], list) or len(values) not in T95:
+    if isinstance(values[0], list):
         return {"by_text": rounded}
-    mean, low, high = mean_interval(rounded)
+    mean, low, high = bootstrap(rounded)
     return {
         "mean": float(f"{mean:.4g}"),
         "interval": [float(f"{x:.4g}") for x in (low, high)],
