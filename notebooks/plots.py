@@ -142,3 +142,23 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     axis.set_ylim(line + 1, 0)
     figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
     return figure
+
+
+def distance_by_layer(figures: dict[str, list[float]]):
+    """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
+    figure, axis = plt.subplots()
+    lines = {
+        "before, all": ("before the norm", ORANGE, "-"),
+        "before, rest": ("the same, without\nthe first 4 tokens", ORANGE, ":"),
+        "after, all": ("after the norm", BLUE, "-"),
+    }
+    for name, (_, color, style) in lines.items():
+        axis.plot(figures[f"{name}, by layer"], style, color=color, linewidth=2)
+    for name, color in (("a Gaussian", BLACK), ("a Laplace", GREY)):
+        axis.axhline(figures[name][0], color=color, linewidth=1)
+    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
+    ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
+    ends += [(figures["a Gaussian"][0], "draws from a Gaussian", BLACK)]
+    ends += [(figures["a Laplace"][0], "draws from a Laplace\ndistribution", GREY)]
+    name_lines(axis, ends, gap=0.15)
+    plt.show()

@@ -5,7 +5,7 @@ python notebooks/questions.py 3 8        only these: the other results stay as t
 python notebooks/questions.py table      measures nothing, prints the answers
 
 Each question is a function. It returns figures by name, each a list with one value per text, so that two of
-them can be compared text by text. `table` makes sentences of them. Their numbers come from the file of results.
+them can be compared text by text. `table` makes sentences of what the file of results holds.
 """
 
 import importlib
@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
@@ -98,8 +100,8 @@ def entries(layer: tuple, rule: str, seed: int, gaussian: tuple[Tensor, Tensor] 
 
 
 def gaussian_distance(x: Tensor) -> Tensor:
-    """How far each channel of x (N, C) is from a Gaussian, (C,): its values in order, against the quantiles of
-    a Gaussian with the same mean and standard deviation. Mean distance, in standard deviations."""
+    """How far each channel of x (N, C) is from a Gaussian, (C,): its values in order, against the quantiles
+    of a Gaussian with the same mean and standard deviation. Mean distance, in standard deviations."""
     std, mean = torch.std_mean(x, dim=0, correction=0)
     ordered = ((x - mean) / std).sort(dim=0).values
     quantiles = torch.distributions.Normal(0, 1).icdf((torch.arange(len(x)) + 0.5) / len(x))
@@ -107,8 +109,8 @@ def gaussian_distance(x: Tensor) -> Tensor:
 
 
 def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """Before and after the norm, of all tokens and without the first: the channels' distance, mean, by layer and
-    worst, and how many channels (in %) are farther than 99% of equally large Gaussian samples."""
+    """Before and after the norm, of all tokens and without the first: the channels' distance, mean, by layer
+    and worst, and how many channels (in %) are farther than 99% of equally large Gaussian samples."""
     draw = torch.Generator().manual_seed(0)
     normal = torch.randn(N_PROMPT - N_SINK, 10_000, generator=draw)
     laplace = torch.empty_like(normal).exponential_(generator=draw) * normal.sign()
@@ -136,12 +138,12 @@ def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_gaussian(f: Figures) -> str:
+    rest = f"{show(f['after, rest'])} after the norm and {show(f['before, rest'])} before it"
+    everything = f"{show(f['after, all'])} and {show(f['before, all'])}"
     return (
-        f"On average a channel's quantiles miss a Gaussian's by {show(f['after, rest'])} standard deviations after the "
-        f"norm and by {show(f['before, rest'])} before it, without the first {N_SINK} tokens (with them "
-        f"{show(f['after, all'])} and {show(f['before, all'])}). Draws from a Gaussian miss by "
-        f"{f['a Gaussian'][0]:.3f}, from a Laplace distribution by {f['a Laplace'][0]:.3f}. After the norm "
-        f"{show(f['after, rest, far'], '.0f', '%')} of the channels are farther off than 99% of Gaussian samples."
+        f"Without the first {N_SINK} tokens, a channel's values are off a Gaussian's quantiles by {rest}, in "
+        f"standard deviations; with them by {everything}. A sample from a Gaussian is off by "
+        f"{f['a Gaussian'][0]:.3f}, one from a Laplace distribution by {f['a Laplace'][0]:.3f}."
     )
 
 
@@ -154,8 +156,8 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:
 
 
 def proxies(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """For each kind of proxies, over all query heads: the overlap of their mean attention with that of the next
-    64 queries ("mean"), and the overlap of such a query with the proxy most like it ("best")."""
+    """For each kind of proxies, over all query heads: the overlap of their mean attention with that of the
+    next 64 queries ("mean"), and the overlap of such a query with the proxy most like it ("best")."""
     figures = defaultdict(list)
     for number, task in read(model, tokenizer, n, 2 * N_NEXT):
         by_layer = defaultdict(list)
@@ -192,13 +194,15 @@ def proxies(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_proxies(f: Figures) -> str:
-    names = ("8 samples", "8 random tokens", "64 samples", "64 random tokens", "the last 64 tokens")
-    at_next = ", ".join(f"{name} {show(f[f'{name}, mean'], '.2f')}" for name in names)
+    def at(name: str) -> str:
+        return show(f[f"{name}, mean"], ".2f")
+
     return (
-        "Overlap of mean attention with that of the next 64 true queries, from 0 to 1. At the next positions: "
-        f"{at_next}. At their own: SnapKV's window (the last 64) {show(f['SnapKV, window, mean'], '.2f')}, the last "
-        f"query alone {show(f['the last query, mean'], '.2f')}. The 64 true queries after those: "
-        f"{show(f['the 64 after those, mean'], '.2f')}."
+        "Overlap (0 to 1) with the attention of the next 64 true queries: "
+        f"64 samples {at('64 samples')}, 64 random tokens of the prompt {at('64 random tokens')}, its "
+        f"last 64 tokens {at('the last 64 tokens')}, all moved to the next positions. Only 8: samples "
+        f"{at('8 samples')}, random tokens {at('8 random tokens')}. At their own positions: SnapKV's window "
+        f"{at('SnapKV, window')}, the last query {at('the last query')}."
     )
 
 
@@ -222,13 +226,12 @@ def seeds(model: Llama, tokenizer, n: int = 12, n_seeds: int = 20) -> Figures:
 
 
 def answer_seeds(f: Figures) -> str:
-    return " ".join(
-        f"`{rule}`: over 20 seeds the share kept of one text spans {show(f[f'{rule}, kept, range'], '.1f')} points "
-        f"(standard deviation {show(f[f'{rule}, kept, std'], '.1f')}). The KL of the worst seed is "
-        f"{show(f[f'{rule}, kl, worst / best'], '.1f')} times that of the best, and of two runs one is "
-        f"{show(f[f'{rule}, kl, two runs'], '.2f')} times the other."
+    sentences = [
+        f"`{rule}`: the share kept spans {show(f[f'{rule}, kept, range'], '.1f')} points over 20 seeds; "
+        f"the worst seed's KL is {show(f[f'{rule}, kl, worst / best'], '.1f')} times the best one's"
         for rule in RULES
-    )
+    ]
+    return ". ".join(sentences) + "."
 
 
 # 4. When does the current query's size help, when does it hurt?
@@ -242,7 +245,7 @@ ENDINGS = {
 
 
 def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """Twelve pages, cut after a sentence, with four endings each; what follows is the full cache's own answer.
+    """Twelve pages, cut after a sentence, with four endings each; what follows is the full cache's answer.
     "equal" is per_sample at a top_p with which it keeps as much as current_query does."""
     figures = defaultdict(list)
     for number, name in enumerate((PAGES + MORE_PAGES)[:n]):
@@ -262,14 +265,14 @@ def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_endings(f: Figures) -> str:
-    by_ending = "; ".join(
-        f"{ending}: keeps {show(f[f'{ending}, current_query, kept'], '.0f', '%')}, KL "
-        f"{show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])} times"
+    by_ending = [
+        f"{ending} {show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])}, keeps "
+        f"{show(f[f'{ending}, current_query, kept'], '.0f', '%')}"
         for ending in ENDINGS
-    )
+    ]
     return (
-        "What `current_query` keeps after each ending, and its KL compared with `per_sample`'s at the same share (less "
-        f"than 1: the current query's size helps). {by_ending}."
+        "KL of `current_query`, divided by that of `per_sample` at the same share (below 1 the current "
+        f"query's size helps), by ending: {'; '.join(by_ending)}."
     )
 
 
@@ -303,16 +306,14 @@ def cap(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_cap(f: Figures) -> str:
-    sentences = [
-        f"A cap of {most:.0%} multiplies the KL of `{rule}` (uncapped {show(f[f'{rule}, own, kept'], '.0f', '%')}) by "
-        f"{show_ratio(f[f'{rule}, {most:.0%}, kl'], f[f'{rule}, own, kl'])}. With the same cap, this times the KL of "
-        + ", ".join(
-            f"{name} is {show_ratio(f[f'{name}, {most:.0%}, kl'], f[f'{rule}, {most:.0%}, kl'])}"
-            for name in RIVALS
+    sentences, most = [], f"{CAPS[0]:.0%}"
+    for rule in RULES:
+        kl = f[f"{rule}, {most}, kl"]
+        times = ", ".join(f"{name}'s {show_ratio(kl, f[f'{name}, {most}, kl'])}" for name in RIVALS)
+        sentences.append(
+            f"`{rule}`, capped at {most}: its KL is {show_ratio(kl, f[f'{rule}, own, kl'])} times what it is "
+            f"uncapped (at {show(f[f'{rule}, own, kept'], '.0f', '%')}), in times of others': {times}"
         )
-        for rule in RULES
-        for most in CAPS
-    ]
     return ". ".join(sentences) + "."
 
 
@@ -359,17 +360,18 @@ def pool(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_pool(f: Figures) -> str:
-    sentences = [
-        f"With a Gaussian fitted to 11 other texts `{rule}` keeps {show(f[f'{rule}, all others, kept'], '.0f', '%')} in "
-        f"place of {show(f[f'{rule}, own, kept'], '.0f', '%')}, and its KL is "
-        f"{show_ratio(f[f'{rule}, all others, kl'], f[f'{rule}, own, kl'])} times as large (fitted to one text of the "
-        f"other kind: {show_ratio(f[f'{rule}, other kind, kl'], f[f'{rule}, own, kl'])} times)"
-        for rule in RULES
-    ]
+    sentences = []
+    for rule in RULES:
+        times = show_ratio(f[f"{rule}, all others, kl"], f[f"{rule}, own, kl"])
+        kept, own = (show(f[f"{rule}, {of}, kept"], ".0f", "%") for of in ("all others", "own"))
+        sentences.append(
+            f"`{rule}` with the Gaussian of 11 other texts: KL {times} times that with its own, share "
+            f"kept {kept} in place of {own}"
+        )
     saved = show(f["time of the samples"], ".0f", "%")
     return (
         ". ".join(sentences)
-        + f". Fitting and sampling take {saved} of GVote's time: a pool saves at most that."
+        + f". To fit and to sample is {saved} of GVote's time: a pool saves at most that."
     )
 
 
@@ -445,14 +447,19 @@ def later(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 def answer_later(f: Figures) -> str:
     sentences = [
-        f"`{rule}`: over the first 32 of 256 tokens the KL is {show(f[f'{rule}, first 32'])}, over the last 32 "
-        f"{show(f[f'{rule}, last 32'])}. In a chat it is {show(f[f'{rule}, general, first, kl'])} in the first answer and "
-        f"{show(f[f'{rule}, general, second, kl'])} in the second. A number hidden in the text is told in the first turn "
-        f"{count(f[f'{rule}, number, first, exact'])} times, in the second {count(f[f'{rule}, number, second, exact'])}"
+        f"`{rule}`: KL in the first 32 of 256 tokens {show(f[f'{rule}, first 32'])}, in the last 32 "
+        f"{show(f[f'{rule}, last 32'])}; in a chat's first answer {show(f[f'{rule}, general, first, kl'])}, "
+        f"in its second {show(f[f'{rule}, general, second, kl'])}"
         for rule in RULES
     ]
-    full = [count(f[f"full cache, number, {turn}, exact"]) for turn in ("first", "second")]
-    return ". ".join(sentences) + f". (The full cache tells it {full[0]} and {full[1]} times.)"
+    found = [
+        f"{who} {count(f[f'{who}, number, first, exact'])} and {count(f[f'{who}, number, second, exact'])}"
+        for who in ("full cache", *RULES)
+    ]
+    return (
+        ". ".join(sentences)
+        + f". A number hidden in the text, told in turn 1 and in turn 2: {'; '.join(found)}."
+    )
 
 
 # 8. Is an automatic budget safe?
@@ -499,10 +506,10 @@ def answer_safe(f: Figures) -> str:
     sentences = []
     for rule in RULES:
         by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
-        first, second, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
+        most, next_most, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
         sentences.append(
-            f"The largest share that `{rule}` keeps of one of {len(f[rule])} prompts is {by_kind[first]:.0f}% "
-            f"({first}), of any other kind {by_kind[second]:.0f}% ({second}), of prose {by_kind['prose']:.0f}%"
+            f"`{rule}` keeps up to {by_kind[most]:.0f}% ({most}); of the other kinds, up to "
+            f"{by_kind[next_most]:.0f}% ({next_most}); of prose, up to {by_kind['prose']:.0f}%"
         )
     return ". ".join(sentences) + "."
 
@@ -516,8 +523,8 @@ def show(values: list[float], spec: str = ".3f", unit: str = "") -> str:
 
 
 def show_ratio(values: list[float], others: list[float]) -> str:
-    """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a text's
-    figures have in common drops out."""
+    """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a
+    text's figures have in common drops out."""
     return "{:.2f} ({:.2f}–{:.2f})".format(*map(math.exp, bootstrap(log_ratio(values, others))))
 
 
@@ -555,8 +562,11 @@ def results() -> dict[str, dict]:
 
 
 def figures_of(number: int) -> Figures:
-    """A question's figures as they were measured, from the file of results."""
-    return {name: figure["by_text"] for name, figure in results()[str(number)]["figures"].items()}
+    """A question's figures from the file of results: by text, or a curve."""
+    figures = results()[str(number)]["figures"]
+    return {
+        name: figure["by_text"] if "by_text" in figure else figure["mean"] for name, figure in figures.items()
+    }
 
 
 class Markdown(str):
@@ -567,52 +577,51 @@ class Markdown(str):
 
 
 def table(*numbers: int) -> Markdown:
-    """The questions (all of them, if none is named), their answers, and the notebooks that show more."""
-    found, lines = (
-        results(),
-        [
-            "| Question | Answer: mean of the texts (95% interval) | Texts | Notebook |",
-            "| --- | --- | --- | --- |",
-        ],
-    )
+    """The questions (all of them, if none is named), what was measured, and the notebook that says more."""
+    found = results()
+    lines = ["| Question | Measured: mean (95% interval) | Texts | Notebook |", "| --- | --- | --- | --- |"]
     for number in numbers or QUESTIONS:
         question, result = QUESTIONS[number], found.get(str(number))
-        answer, n = (
-            (question.answer(figures_of(number)), result["texts"]) if result else ("not measured yet", 0)
-        )
+        answer = question.answer(figures_of(number)) if result else "not measured yet"
         link = f"[{question.notebook[0]}]({question.notebook}.ipynb)"
-        lines.append(f"| {number}. {question.title} | {answer} | {n} | {link} |")
+        lines.append(
+            f"| {number}. {question.title} | {answer} | {result['texts'] if result else 0} | {link} |"
+        )
     return Markdown("\n".join(lines))
 
 
 def compare(number: int, again: Figures):
-    """Sets figures of the first texts, measured again, against the file of results; not those of time."""
-    before = figures_of(number)
-    pairs = [
-        (name, old, new)
-        for name in again
-        if "time" not in name
-        for old, new in zip(before[name], again[name])
-    ]
-    off = {name: abs(new / old - 1) for name, old, new in pairs if isinstance(new, float) and old}
+    """Figures of the first texts, measured again, against the file of results; times left aside."""
+    before, off = figures_of(number), {}
+    for name in again:
+        if "time" not in name and isinstance(again[name][0], float):
+            pairs = zip(again[name], before[name], strict=False)  # of fewer texts
+            off[name] = max(abs(new - old) / (abs(old) or 1) for new, old in pairs)
     worst = max(off, key=off.get)
-    n, where = len(again[worst]), results()[str(number)]["machine"]
     print(
-        f"{len(off)} figures of {n} of the texts measured again: at most {off[worst]:.1%} from those of {where} ({worst})"
+        f"measured again: {len(off)} figures of {len(again[worst])} of the texts. They differ by at most ",
+        end="",
     )
+    print(f"{off[worst]:.1%} ({worst}) from those of {results()[str(number)]['machine']}.")
 
 
 def summary(values: list) -> dict:
-    """Of a figure: mean and 95% interval over the texts, and the value of each."""
-    rounded = [[float(f"{x:.4g}") for x in v] if isinstance(v, list) else float(f"{v:.4g}") for v in values]
+    """Of a figure: mean and 95% interval of the texts, and each text's value; of curves only their mean."""
     if isinstance(values[0], list):
-        return {"by_text": rounded}
-    mean, low, high = bootstrap(rounded)
-    return {
-        "mean": float(f"{mean:.4g}"),
-        "interval": [float(f"{x:.4g}") for x in (low, high)],
-        "by_text": rounded,
-    }
+        return {"mean": [rounded(fmean(point)) for point in zip(*values, strict=True)]}
+    mean, low, high = map(rounded, bootstrap(values))
+    return {"mean": mean, "interval": [low, high], "by_text": list(map(rounded, values))}
+
+
+def rounded(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+def save(everything: dict[str, dict]):
+    text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[^]]*]", lambda numbers: " ".join(numbers[0].split()), text)  # a list is one line
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(text + "\n", "utf-8")
 
 
 def load() -> tuple:
@@ -640,9 +649,7 @@ def main(numbers: list[int]):
             "texts": max(map(len, figures.values())),
             "figures": {name: summary(values) for name, values in figures.items()},
         }
-        RESULTS.parent.mkdir(exist_ok=True)
-        everything = dict(sorted((results() | {str(number): result}).items()))
-        RESULTS.write_text(json.dumps(everything, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        save(results() | {str(number): result})
         print(f"{number}. {question.title} ({result['seconds']} s)\n{question.answer(figures)}\n", flush=True)
 
 
