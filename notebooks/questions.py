@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -587,6 +587,17 @@ def table(*numbers: int) -> Markdown:
         lines.append(
             f"| {number}. {question.title} | {answer} | {result['texts'] if result else 0} | {link} |"
         )
+    return Markdown("\n".join(lines))
+
+
+def by_name(number: int, columns: Iterable[str], rows: dict[str, str]) -> Markdown:
+    """A question's means and 95% intervals as a table. rows: the names of figures, with {} in place of the
+    column, and what to call them."""
+    figures, columns = figures_of(number), list(columns)
+    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for name, title in rows.items():
+        found = [figures.get(name.format(column)) for column in columns]
+        lines.append(f"| {title} | {' | '.join(show(x, '.3g') if x else '–' for x in found)} |")
     return Markdown("\n".join(lines))
 
 

@@ -92,6 +92,9 @@ def test_answers_follow_the_file_of_results(tmp_path, monkeypatch):
         figures = {rule: questions.summary(values) for rule in questions.RULES}
         questions.RESULTS.write_text(json.dumps({"8": {"texts": 8, "figures": figures}}))
         assert f"{most:.0f}%" in questions.table(8)
+        grid = questions.by_name(8, [*questions.RULES, "other"], {"{}": "kept"})
+        assert [len(line.split("|")) for line in grid.splitlines()] == [6, 6, 6]
+        assert f"| {50 + (most - 50) / 8:.3g} (" in grid and grid.endswith("| – |")
 
 
 def test_all_questions_are_answered():
