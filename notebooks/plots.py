@@ -149,7 +149,7 @@ def distance_by_layer(figures: dict[str, list[float]]):
     figure, axis = plt.subplots()
     lines = {
         "before, all": ("before the norm", ORANGE, "-"),
-        "before, rest": ("the same, without\nthe first 4 tokens", ORANGE, ":"),
+        "before, rest": ("before, without\nthe first 4 tokens", ORANGE, ":"),
         "after, all": ("after the norm", BLUE, "-"),
     }
     for name, (_, color, style) in lines.items():

@@ -449,7 +449,8 @@ def answer_later(f: Figures) -> str:
     sentences = [
         f"`{rule}`: KL in the first 32 of 256 tokens {show(f[f'{rule}, first 32'])}, in the last 32 "
         f"{show(f[f'{rule}, last 32'])}; in a chat's first answer {show(f[f'{rule}, general, first, kl'])}, "
-        f"in its second {show(f[f'{rule}, general, second, kl'])}"
+        f"in its second {show(f[f'{rule}, general, second, kl'])}, text by text "
+        f"{show_ratio(f[f'{rule}, general, second, kl'], f[f'{rule}, general, first, kl'])} times the first's"
         for rule in RULES
     ]
     found = [
