@@ -1,5 +1,4 @@
-"""A Llama to read in one sitting, whose KV cache holds only the keys and values that a policy kept. No
-training.
+"""A Llama to read in one sitting. Its KV cache holds only the keys that a policy kept. Inference only.
 
 Top to bottom: config, rotary embedding, modules, model, KV cache. A prompt and what follows it take two
 paths: `read_prompt` attends within the prompt, and fills the cache with what a policy keeps; `read_tokens`
