@@ -32,7 +32,8 @@ from gvote import GVote, PeakVotes, Policy
 from model import KVCache, Llama, LlamaConfig, Table, read_json
 
 DEFAULT = "SmolLM2-135M-Instruct"
-NOTE = "The code for the padlock on the tool shed is 4471."  # slipped into the built-in text
+CODE = "4471"
+NOTE = f"The code for the padlock on the tool shed is {CODE}."  # slipped into the built-in text
 QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
 POLICIES = {  # each is made from a level, if one is given: top_p, or the bar of the last one
     "gvote": GVote,
@@ -331,7 +332,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: list[int], args):
-    """Streams one answer. Returns its cache, the seconds of the prefill, and tokens per second."""
+    """Streams one answer. Returns it, its cache, the seconds of the prefill, and tokens per second."""
     cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
     tokens, shown, times = [], "", [time.perf_counter()]
     settings = (policy, args.temperature, args.seed, stop, cache, args.call)
@@ -343,7 +344,7 @@ def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: li
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
-    return cache, times[1] - times[0], (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
+    return text, cache, times[1] - times[0], (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
 
 
 def show_kept(cache: KVCache, tokenizer, ids: Tensor):
@@ -437,6 +438,7 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
     folder = checkpoint_folder(args.model)
     config, stop = LlamaConfig.from_file(folder / "config.json"), stop_tokens(folder)
     tokenizer = load_tokenizer(folder)
+    asks_for_code = text is None and question is None
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
     text = f"{text}\n\n{question}" if question else text
@@ -458,12 +460,14 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
         print(question)
     width = max(map(len, policies)) + 2
     table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'tokens/s':>10}"
+    table += "  right answer" * asks_for_code
     for name, policy in policies.items():
         kept_by = policy if is_dataclass(policy) else name
         print(f"\nWith what {kept_by} keeps:" if policy else "\nWith the full cache:")
-        cache, prefill, speed = answer(model, tokenizer, ids, policy, stop, args)
+        said, cache, prefill, speed = answer(model, tokenizer, ids, policy, stop, args)
         size = cache.nbytes / 2**20
         table += f"\n{name:{width}}{cache.usage:>8.0%}{size:>11.1f}{prefill:>11.2f}{speed:>10.0f}"
+        table += f"{'yes' if CODE in said else 'no':>14}" * asks_for_code
         if policy and args.show_kept:
             show_kept(cache, tokenizer, ids)
         del cache  # before the next one fills

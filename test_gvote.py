@@ -1134,6 +1134,7 @@ def test_command_alone_does_the_main_job(llama):
     }
     assert rows["full"][0] == "100%" and 40 < int(rows["gvote"][0].rstrip("%")) < 70
     assert float(rows["gvote"][1]) < 0.7 * float(rows["full"][1])
+    assert rows["full"][-1] == rows["peak_votes"][-1] == "yes"
 
 
 def test_command_reads_a_file_and_standard_input(tmp_path):
