@@ -8,9 +8,9 @@ python generate.py --policy full ideas.py:newest_half     your policy: the funct
 """
 
 import argparse
-import importlib.util
 import inspect
 import os
+import runpy
 import signal
 import sys
 import time
@@ -304,17 +304,15 @@ def make_policy(text: str, methods: dict[str, Callable] = POLICIES) -> Policy | 
 
 
 def policy_from_file(file: str, name: str) -> Policy:
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        policy = runpy.run_path(file).get(name)
     except Exception as error:  # whatever a program can do wrong
         raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
     try:
-        inspect.signature(getattr(module, name, None)).bind("attn", "hidden", "keys", "values")
+        inspect.signature(policy).bind("attn", "hidden", "keys", "values")
     except TypeError:
         raise ValueError(f"{file} has no function {name}(attn, hidden, keys, values)") from None
-    return getattr(module, name)
+    return policy
 
 
 def built_in_text(tokenizer, n_tokens: int = 1100) -> str:
@@ -335,18 +333,23 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: list[int], args):
     """Streams one answer. Returns it, its cache, the seconds of the prefill, and tokens per second."""
-    cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
-    tokens, shown, times = [], "", [time.perf_counter()]
+    from transformers import TextStreamer
+
+    cache, tokens, times = (
+        KVCache(model.config, max_new_tokens=args.max_new_tokens),
+        [],
+        [time.perf_counter()],
+    )
+    text = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer = TextStreamer(tokenizer, **text)
     settings = (policy, args.temperature, args.seed, stop, cache, args.call)
     for token in generate(model, ids, args.max_new_tokens, *settings):
         times.append(time.perf_counter())
         tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd"):  # else a character of several tokens, not all of them here yet
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-    return text, cache, times[1] - times[0], (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    speed = (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
+    return tokenizer.decode(tokens, **text), cache, times[1] - times[0], speed
 
 
 def show_kept(cache: KVCache, tokenizer, ids: Tensor):
