@@ -141,4 +141,40 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
             write(row, weight="bold")
     axis.set_ylim(line + 1, 0)
     figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
+
+
+def forest(panels: dict[str, list[tuple]], xlabel: str):
+    """Which differences are more than chance? panels: title -> (name, factor, low, high) for each line. An
+    interval that holds 1 shows no difference: it is grey."""
+    n_lines = len(next(iter(panels.values())))
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 1.2 + 0.32 * n_lines), sharey=True, sharex=True)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for y, (_, factor, low, high) in enumerate(lines):
+            color = GREY if low <= 1 <= high else BLUE if high < 1 else RED
+            axis.plot([low, high], [y, y], color=color, linewidth=2)
+            axis.plot(factor, y, "o", color=color, markersize=6)
+        axis.axvline(1, color=BLACK, linewidth=0.8)
+        axis.set(title=title, xscale="log", ylim=(n_lines - 0.5, -0.5))
+        axis.set_yticks(range(n_lines), [name for name, *_ in lines])
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel(xlabel, fontsize=12)
+    plt.show()
+
+
+def frontier(panels: dict[str, tuple[dict, dict]], title: str = ""):
+    """What does a method lose with what it keeps? panels: title -> lines, name -> [(share, KL), ...], and
+    points, the same for rules that set their own share."""
+    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), squeeze=False)
+    for axis, (name, (lines, points)) in zip(axes[0], panels.items(), strict=True):
+        for method, line in lines.items():
+            axis.plot(
+                *zip(*line, strict=True), "o-", color=colors.get(method, GREY), markersize=3, linewidth=1.2
+            )
+        for method, point in points.items():
+            axis.plot(*point, "*", color=colors.get(method, BLACK), markersize=15)
+        axis.set(title=name, xlabel="keys kept (%)", yscale="log", xlim=(0, 75), xticks=[0, 25, 50, 75])
+    axes[0, 0].set_ylabel("KL (nats per token)")
+    ends = [(line[-1][1], method, colors.get(method, GREY)) for method, line in lines.items()]
+    name_lines(axes[0, -1], ends, gap=0.1)
     return figure
