@@ -196,7 +196,8 @@ def main():
     torch.set_grad_enabled(False)
     model, tokenizer = Llama.from_pretrained(checkpoint_folder()), load_tokenizer(checkpoint_folder())
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else about()
-    for instance in instances(tokenizer):
+    in_turn = sorted(instances(tokenizer), key=lambda each: (each["length"], each["number"]))
+    for instance in in_turn:  # so a stopped run has some of each kind
         kind, length = instance["kind"], str(instance["length"])
         results = done["results"].setdefault(length, {}).setdefault(kind, {})
         if len(results.get("full", {"own": []})["own"]) > instance["number"]:
