@@ -161,11 +161,13 @@ def forest(panels: dict[str, list[tuple]], xlabel: str):
     plt.show()
 
 
-def frontier(panels: dict[str, tuple[dict, dict]], title: str = ""):
+def frontier(panels: dict[str, tuple[dict, dict]]):
     """What does a method lose with what it keeps? panels: title -> lines, name -> [(share, KL), ...], and
     points, the same for rules that set their own share."""
     colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), squeeze=False, sharey=True
+    )
     for axis, (name, (lines, points)) in zip(axes[0], panels.items(), strict=True):
         for method, line in lines.items():
             axis.plot(
@@ -178,3 +180,20 @@ def frontier(panels: dict[str, tuple[dict, dict]], title: str = ""):
     ends = [(line[-1][1], method, colors.get(method, GREY)) for method, line in lines.items()]
     name_lines(axes[0, -1], ends, gap=0.1)
     return figure
+
+
+def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
+    """Do the votes for a needle's digits reach the bar? panels: title -> (name of the voters -> votes (heads,
+    digits), name of a bar -> its height)."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), sharey=True)
+    for axis, (title, (voters, bars)) in zip(axes, panels.items(), strict=True):
+        for shift, color, (name, votes) in zip((-0.15, 0.15), (RED, SKY), voters.items(), strict=True):
+            x = (torch.arange(len(heads))[:, None] + shift).expand_as(votes)
+            axis.plot(x.flatten(), 100 * votes.flatten(), "o", color=color, markersize=4, label=name)
+        for style, (name, height) in zip(("--", "-"), bars.items(), strict=True):
+            axis.axhline(100 * height, color=BLACK, linewidth=1, linestyle=style, label=name)
+        axis.set(title=title, yscale="log", xlabel="head (layer.KV head)")
+        axis.set_xticks(range(len(heads)), heads)
+    axes[0].set_ylabel("strongest vote for a digit (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=11, loc="outside upper center")
+    plt.show()
