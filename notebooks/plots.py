@@ -143,6 +143,15 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
 
 
+def print_table(rows: list[list[str]]):
+    """The first column stands on the left, the others on the right; each is as wide as need be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("   ".join((f"{first:{widths[0]}}", *cells)))
+    print()
+
+
 def forest(panels: dict[str, list[tuple]], xlabel: str):
     """Which differences are more than chance? panels: title -> (name, factor, low, high) for each line. An
     interval that holds 1 shows no difference: it is grey."""
