@@ -170,7 +170,7 @@ def forest(panels: dict[str, list[tuple]], xlabel: str):
     plt.show()
 
 
-def frontier(panels: dict[str, tuple[dict, dict]]):
+def frontier(panels: dict[str, tuple[dict, dict]], what: str):
     """What does a method lose with what it keeps? panels: title -> lines, name -> [(share, KL), ...], and
     points, the same for rules that set their own share."""
     colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
@@ -185,7 +185,7 @@ def frontier(panels: dict[str, tuple[dict, dict]]):
         for method, point in points.items():
             axis.plot(*point, "*", color=colors.get(method, BLACK), markersize=15)
         axis.set(title=name, xlabel="keys kept (%)", yscale="log", xlim=(0, 75), xticks=[0, 25, 50, 75])
-    axes[0, 0].set_ylabel("KL (nats per token)")
+    axes[0, 0].set_ylabel(f"{what}\nKL (nats per token)")
     ends = [(line[-1][1], method, colors.get(method, GREY)) for method, line in lines.items()]
     name_lines(axes[0, -1], ends, gap=0.1)
     return figure
