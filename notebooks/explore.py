@@ -55,7 +55,7 @@ def look(attn, hidden, keys, values) -> tuple[list[torch.Tensor], list[list]]:
     return [by_nucleus, by_size, by_bar], [[own, *head] for head in heads]
 
 
-def make_page(model: Llama, tokenizer, text: str, stop: list[int], name: str = generate.DEFAULT) -> str:
+def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate.DEFAULT, options=()) -> str:
     ids = generate.encode(tokenizer, text)
     first, heads = zip(*(look(*layer) for layer in record(model, ids)), strict=True)
     first, heads = [torch.cat(x, dim=-2).byte() for x in zip(*first, strict=True)], sum(heads, [])
@@ -74,12 +74,11 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name: str = g
     digits = [i for i in note if words[i].isdigit()]
     answers = [list(generate.generate(model, ids, NEW_TOKENS, rule, stop=stop)) for rule in (None, *RULES)]
     data = {
-        "model": name, "config": vars(model.config), "page": PAGE, "new_tokens": NEW_TOKENS,
-        "top_p": TOP_P, "bar": BARS, "n_samples": N_SAMPLES, "defaults": DEFAULTS,
-        "words": words, "note": note, "digits": digits, "lookers": look_up(model, ids, answers[0], digits),
-        "answers": tokenizer.batch_decode(answers[1:], skip_special_tokens=True),
-        "telling": [{"head": i, "own": own} for i, (own, *_) in telling.items()],
-        "arrays": base64.b64encode(packed).decode(),
+        "model": name, "options": options, "config": vars(model.config), "new_tokens": NEW_TOKENS,
+        "top_p": TOP_P, "bar": BARS, "n_samples": N_SAMPLES, "defaults": DEFAULTS, "words": words,
+        "note": note, "digits": digits, "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
+        "lookers": look_up(model, ids, answers[0], digits), "arrays": base64.b64encode(packed).decode(),
+        "telling": [{"head": i, "own": own} for i, (own, *_) in telling.items()], "page": PAGE,
     }  # fmt: skip
     page = Path(__file__).with_name("explore.template.html").read_text("utf-8")
     return page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)  # so no word can end the script
@@ -90,10 +89,11 @@ if __name__ == "__main__":
     for option in ("file", "question", "model", "out"):
         parser.add_argument(f"--{option}")
     args = parser.parse_args()
-    folder = generate.checkpoint_folder(args.model or generate.DEFAULT)
+    folder = generate.checkpoint_folder(name := args.model or generate.DEFAULT)
     model, tokenizer = Llama.from_pretrained(folder), generate.load_tokenizer(folder)
     text = generate.read_text(args.file) if args.file else generate.built_in_text(tokenizer)
     question = args.question or ("" if args.file else generate.QUESTION)
     text = f"{text}\n\n{question}" if question else text
-    page = make_page(model, tokenizer, text, generate.stop_tokens(folder), args.model or generate.DEFAULT)
+    given = [f"--{option}" for option in ("file", "question", "model") if getattr(args, option)]
+    page = make_page(model, tokenizer, text, generate.stop_tokens(folder), name, given)
     Path(args.out or Path(__file__).with_name("explore.html")).write_text(page, encoding="utf-8")

@@ -3,7 +3,7 @@
 import os
 import textwrap
 from bisect import bisect_left, bisect_right
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import matplotlib.pyplot as plt
 import torch
@@ -88,16 +88,19 @@ def look_up(model: Llama, prompt: Tensor, answer: list[int], positions: list[int
 
 def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str):
     """Which words does a policy throw away? A passage of the prompt around a note, each token shaded by the
-    share of the heads that keep its key. panels: by name a cache and the answer; the first cache is full."""
+    share of all heads that keep its key; below, the heads that look the note's digits up, filled if they keep
+    them. panels: by name a cache and the answer; the first cache is full."""
     words = [tokenizer.decode([token]).replace("\n", " ") for token in prompt[0].tolist()]
     marked, n_heads = place(words, note), model.config.n_layer * model.config.n_kv_head
-    passage = [*range(10), *range(marked[0] - 66, marked[-1] + 70), *range(len(words) - 31, len(words))]
+    passage = [*range(10), *range(marked[0] - 50, marked[-1] + 46), *range(len(words) - 31, len(words) - 6)]
     digits = {i for i in marked if words[i].isdigit()}
     (_, answer), *_ = panels.values()
     lookers = [divmod(i, model.config.n_kv_head) for i in look_up(model, prompt, answer, sorted(digits))]
 
-    shades = LinearSegmentedColormap.from_list("kept", ["white", "#08305c"])
-    width, n_columns, line = 7.55, 64, 1
+    shades = LinearSegmentedColormap.from_list(
+        "kept", ["white", "#5b9bd5"]
+    )  # black text stays readable on all
+    width, n_columns, line = 7.55, 52, 1
     column = width / (n_columns + 2)  # inches
     figure = plt.figure(layout="none")
     axis = figure.add_axes((0, 0, 1, 1), xlim=(-1, n_columns + 1))
@@ -108,39 +111,60 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
         "va": "center_baseline",
     }  # a column wide
 
-    def write(text: str, x: float = 0, share: float = 0.0, weight: str = "normal"):
-        axis.add_patch(plt.Rectangle((x, line - 0.45), len(text), 0.9, color=shades(share), linewidth=0))
-        axis.text(x, line, text, color="white" if share > 0.64 else BLACK, weight=weight, **font)
+    def write(text: str, x: float = 0, share: float | None = None, weight: str = "normal"):
+        if share is not None:
+            axis.add_patch(plt.Rectangle((x, line - 0.45), len(text), 0.9, color=shades(share), linewidth=0))
+        axis.text(x, line, text, weight=weight, **font)
 
+    write("Which words are kept? It matters in which heads.", weight="bold")
+    line += 1.3
     for i, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
-        write(f"{share:5.0%} ", 6 * i, share)
-    write(f"of the {n_heads} heads keep the key.", 31)
-    axis.hlines((line + 0.6, line + 1.5), 0, 8, color=RED, linewidth=2)
-    line += 1.05
-    write(" The note, which the question at the end asks for.", 8)
+        write(f"{share:4.0%} ", 5 * i, share)
+    axis.add_patch(plt.Rectangle((0, line - 0.45), 25, 0.9, fill=False, linewidth=0.5))
+    write(f"of the {n_heads} heads keep it", 26)
     for name, (cache, answer) in panels.items():
         heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=len(words))
         line, x, before = line + 2, 0, -1
-        write(f"{name} keeps {cache.usage:.0%} of the keys", weight="bold")
+        write(f"{name} keeps {cache.usage:.0%} of all keys", weight="bold")
         line += 1.2
         for i in passage:
-            gap, word, before = "" if i == before + 1 else " [...] ", words[i], i
-            if x + len(gap + word) > n_columns:
+            left_out = i - before - 1
+            gap, word, before = f" [{left_out} tokens] " if left_out else "", words[i], i
+            rest = takewhile(lambda w: w[0] != " ", words[i + 1 : i + 5])  # of a word of several tokens
+            if x + len(gap + word) + (sum(map(len, rest)) if word[0] == " " else 0) > n_columns:
                 line, x, gap, word = line + 1, 0, gap.lstrip(), word if gap else word.lstrip()
             write(gap, x)
-            write(word, x + len(gap), heads[i].item() / n_heads)
-            x += len(gap + word)
-            if i in marked:
-                axis.hlines((line - 0.45, line + 0.45), x - len(word), x, color=RED, linewidth=2)
-        found = sum(digits <= set(cache.kept_positions(*head).tolist()) for head in lookers)
+            x += len(gap)
+            write(word, x, heads[i].item() / n_heads, "bold" if i in digits else "normal")
+            if i in marked:  # its line above and below, and its two ends
+                edges = [((x, x + len(word)), (line + y, line + y)) for y in (-0.45, 0.45)]
+                ends = [(x, i == marked[0]), (x + len(word), i == marked[-1])]
+                edges += [((at, at), (line - 0.45, line + 0.45)) for at, is_end in ends if is_end]
+                for edge in edges:
+                    axis.plot(*edge, color=RED, linewidth=2.5)
+            x += len(word)
+        found = [digits <= set(cache.kept_positions(*head).tolist()) for head in lookers]
         text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
-        line += 1.3
-        write(f"{found} of the {len(lookers)} heads that look up the code keep its digits.")
-        for row in textwrap.wrap(f"Answer: {textwrap.shorten(text, 100, placeholder=' ...')}", n_columns):
+        right = (
+            all(words[i].strip() in text for i in digits)
+            and "".join(words[i] for i in sorted(digits)) in text
+        )
+        line += 1.4
+        write(f"{sum(found)} of {len(found)} heads that read the code keep it", weight="bold")
+        for i, keeps in enumerate(found):
+            square = plt.Rectangle(
+                (n_columns - 7.6 + i % 8, line - 0.4 + i // 8), 0.7, 0.7, color=RED, fill=keeps
+            )
+            axis.add_patch(square)
+        line += 1.1
+        said = textwrap.shorten(text, 84, placeholder=" ...")
+        for row in textwrap.wrap(f"Answer ({'right' if right else 'wrong'}): {said}", n_columns - 10):
+            write(row)
             line += 1
-            write(row, weight="bold")
+        line -= 0.6
     axis.set_ylim(line + 1, 0)
     figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
+    return figure
 
 
 def print_table(rows: list[list[str]]):
@@ -205,4 +229,24 @@ def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
         axis.set_xticks(range(len(heads)), heads)
     axes[0].set_ylabel("strongest vote for a digit (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=11, loc="outside upper center")
+    plt.show()
+
+
+def distance_by_layer(figures: dict[str, list[float]]):
+    """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
+    figure, axis = plt.subplots()
+    lines = {
+        "before, all": ("before the norm", ORANGE, "-"),
+        "before, rest": ("before, without\nthe first 4 tokens", ORANGE, ":"),
+        "after, all": ("after the norm", BLUE, "-"),
+    }
+    for name, (_, color, style) in lines.items():
+        axis.plot(figures[f"{name}, by layer"], style, color=color, linewidth=2)
+    for name, color in (("a Gaussian", BLACK), ("a Laplace", GREY)):
+        axis.axhline(figures[name][0], color=color, linewidth=1)
+    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
+    ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
+    ends += [(figures["a Gaussian"][0], "draws from a Gaussian", BLACK)]
+    ends += [(figures["a Laplace"][0], "draws from a Laplace\ndistribution", GREY)]
+    name_lines(axis, ends, gap=0.15)
     plt.show()

@@ -107,11 +107,8 @@ def check_page(browser: Browser, model: Llama, ids: torch.Tensor, n_different: i
         for (attn, _, keys, values), mask in zip(layers, shown, strict=True):
             cache.fill(attn.layer, keys, values, mask[None])
         cache.advance(ids.size(1))
-        total = browser.run("document.getElementById('total').textContent")
-        assert f" {cache.usage:.0%} " in total and f" {cache.nbytes / 2**20:.1f} MiB " in total, (
-            settings,
-            total,
-        )
+        total, size = (browser.run(f"document.getElementById('{x}').textContent") for x in ("total", "size"))
+        assert f" {cache.usage:.0%} " in total and f" {cache.nbytes / 2**20:.1f} MiB " in size, settings
 
 
 def check_silence(browser: Browser, page: Path):
@@ -131,6 +128,9 @@ def test_committed_page(model, tokenizer, tmp_path):
     try:
         ids = encode(tokenizer, browser.run("data.words.join('')"), chat=False)
         check_page(browser, model, ids, n_different=10)  # of 103,680 keys: another CPU may round differently
+        field = "document.querySelector('#bar ~ input')"
+        browser.run(f"{field}.value = ''; {field}.dispatchEvent(new Event('change'))")
+        assert float(browser.run(f"{field}.value")) == SETTINGS[-1]["bar"]  # emptied, it gets its value back
         check_silence(browser, page)
     finally:
         browser.close()
