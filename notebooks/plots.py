@@ -167,6 +167,71 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     return figure
 
 
+def print_table(rows: list[list[str]]):
+    """The first column stands on the left, the others on the right; each is as wide as need be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("   ".join((f"{first:{widths[0]}}", *cells)))
+    print()
+
+
+def forest(panels: dict[str, list[tuple]], xlabel: str):
+    """Which differences are more than chance? panels: title -> (name, factor, low, high) for each line. An
+    interval that holds 1 shows no difference: it is grey."""
+    n_lines = len(next(iter(panels.values())))
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 1.2 + 0.32 * n_lines), sharey=True, sharex=True)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for y, (_, factor, low, high) in enumerate(lines):
+            color = GREY if low <= 1 <= high else BLUE if high < 1 else RED
+            axis.plot([low, high], [y, y], color=color, linewidth=2)
+            axis.plot(factor, y, "o", color=color, markersize=6)
+        axis.axvline(1, color=BLACK, linewidth=0.8)
+        axis.set(title=title, xscale="log", ylim=(n_lines - 0.5, -0.5))
+        axis.set_yticks(range(n_lines), [name for name, *_ in lines])
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel(xlabel, fontsize=12)
+    plt.show()
+
+
+def frontier(panels: dict[str, tuple[dict, dict]], what: str):
+    """What does a method lose with what it keeps? panels: title -> lines, name -> [(share, KL), ...], and
+    points, the same for rules that set their own share."""
+    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), squeeze=False, sharey=True
+    )
+    for axis, (name, (lines, points)) in zip(axes[0], panels.items(), strict=True):
+        for method, line in lines.items():
+            axis.plot(
+                *zip(*line, strict=True), "o-", color=colors.get(method, GREY), markersize=3, linewidth=1.2
+            )
+        for method, point in points.items():
+            axis.plot(*point, "*", color=colors.get(method, BLACK), markersize=15)
+        axis.set(title=name, xlabel="keys kept (%)", yscale="log", xlim=(0, 75), xticks=[0, 25, 50, 75])
+    axes[0, 0].set_ylabel(f"{what}\nKL (nats per token)")
+    ends = [(line[-1][1], method, colors.get(method, GREY)) for method, line in lines.items()]
+    name_lines(axes[0, -1], ends, gap=0.1)
+    return figure
+
+
+def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
+    """Do the votes for a needle's digits reach the bar? panels: title -> (name of the voters -> votes (heads,
+    digits), name of a bar -> its height)."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), sharey=True)
+    for axis, (title, (voters, bars)) in zip(axes, panels.items(), strict=True):
+        for shift, color, (name, votes) in zip((-0.15, 0.15), (RED, SKY), voters.items(), strict=True):
+            x = (torch.arange(len(heads))[:, None] + shift).expand_as(votes)
+            axis.plot(x.flatten(), 100 * votes.flatten(), "o", color=color, markersize=4, label=name)
+        for style, (name, height) in zip(("--", "-"), bars.items(), strict=True):
+            axis.axhline(100 * height, color=BLACK, linewidth=1, linestyle=style, label=name)
+        axis.set(title=title, yscale="log", xlabel="head (layer.KV head)")
+        axis.set_xticks(range(len(heads)), heads)
+    axes[0].set_ylabel("strongest vote for a digit (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=11, loc="outside upper center")
+    plt.show()
+
+
 def distance_by_layer(figures: dict[str, list[float]]):
     """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
     figure, axis = plt.subplots()

@@ -6,10 +6,8 @@ predictions of these from those with the full cache, and does it still know the 
 """
 
 import inspect
-import math
 import random
 from pydoc_data.topics import topics
-from statistics import mean, stdev
 
 import torch
 from torch import Tensor
@@ -107,15 +105,6 @@ def keep_share(entries: list[Tensor], share: float) -> list[Tensor]:
     flat = torch.cat([layer.flatten() for layer in entries])
     top_p = flat.kthvalue(int(share * len(flat))).values
     return [layer <= top_p for layer in entries]
-
-
-T95 = {2: 12.71, 4: 3.182, 6: 2.571, 8: 2.365, 10: 2.262, 12: 2.201}  # Student's t
-
-
-def mean_interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean, and its 95% interval by Student's t; of a single value nobody knows it."""
-    half = T95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return mean(values), mean(values) - half, mean(values) + half
 
 
 def continuation(model: Llama, tokenizer, text: str, n_prompt: int = 768, n_next: int = 64) -> Task:

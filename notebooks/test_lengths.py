@@ -1,8 +1,17 @@
+"""The tables at three lengths: statistics against cases by hand, shortcuts against the methods."""
+
 import math
 
 import pytest
+import torch
 
+import baselines
+import lengths
 import stats
+import tasks
+from generate import encode
+from gvote import GVote, PeakVotes
+from test_gvote import llama, tokenizer  # noqa: F401, the fixtures
 
 
 def test_wilson_by_hand():
@@ -30,3 +39,34 @@ def test_log_ratio_by_hand():
     assert stats.log_ratio([1e-9], [-1e-9]) == [0]  # both are rounding errors
     with pytest.raises(ValueError):
         stats.log_ratio([0.1], [0.1, 0.2])
+
+
+def test_lengths_keep_what_the_methods_keep(llama, tokenizer):  # noqa: F811
+    """The shortcuts of lengths.py (each score once, for all shares) against the methods themselves."""
+    torch.set_grad_enabled(False)
+    instance = next(lengths.instances(tokenizer))
+    task = lengths.make_task(llama, tokenizer, **instance)
+    assert torch.equal(task.prompt, lengths.make_task(llama, tokenizer, **instance).prompt)
+    masks, _ = lengths.compress(task, tokenizer, seed=7, shares=(0.3,))
+    own = {"GVote": GVote(seed=7), "GVote, paper's rule": GVote(seed=7, budget="current_query")}
+    for method, policy in (own | {"PeakVotes": PeakVotes()}).items():
+        for layer, keep in zip(task.layers, masks[method, "own"], strict=True):
+            assert torch.equal(keep, policy(*layer))
+    for layer, keep in zip(task.layers, masks["H2O", 0.3], strict=True):
+        assert torch.equal(keep, baselines.H2O(0.3)(*layer))
+    for chunk in (2048, 200):
+        scores = -torch.stack(lengths.kvzip(task, tokenizer, chunk=chunk))
+        expected = baselines.second_reading(llama, tokenizer, task.prompt, chunk=chunk)
+        torch.testing.assert_close(scores[..., 4:], expected[..., 4:], rtol=1e-3, atol=1e-5)
+    zipped = baselines.KVzip(0.3).masks(llama, tokenizer, task.prompt)
+    assert (zipped != torch.stack(masks["KVzip", 0.3])).float().mean() < 1e-4
+    assert (task.n_prompt, len(masks)) == (pytest.approx(417, abs=5), 5 + 12)
+
+
+def test_no_token_is_in_two_instances(tokenizer):  # noqa: F811
+    found = list(lengths.instances(tokenizer))
+    assert len(found) == 3 * 26 and len({each["seed"] for each in found}) == len(found)
+    assert all(len(each["ids"]) >= each["length"] for each in found)
+    prose = torch.cat([each["ids"] for each in found if each["kind"] != "code"])
+    whole = encode(tokenizer, "\n\n".join(tasks.docstrings()), chat=False)[0]
+    assert torch.equal(prose, whole[: len(prose)])

@@ -322,13 +322,6 @@ def test_keep_share_is_one_threshold_for_all_layers(share):
     assert len(kept) == int(share * 240) and (dropped > kept.max()).all()
 
 
-def test_mean_interval():
-    assert tasks.mean_interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(
-        (2.5, 0.4460, 4.5540), abs=1e-3
-    )  # scipy's
-    assert tasks.mean_interval([1.0]) == (1, -math.inf, math.inf)
-
-
 # ---- benchmarks.py
 
 
