@@ -102,8 +102,8 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     )  # black text stays readable on all
     width, n_columns, line = 7.55, 52, 1
     column = width / (n_columns + 2)  # inches
-    figure = plt.figure(layout="none")
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(-1, n_columns + 1))
+    figure, axis = plt.subplots(layout="none")
+    axis.set(position=(0, 0, 1, 1), xlim=(-1, n_columns + 1))
     axis.axis("off")
     font = {
         "family": "DejaVu Sans Mono",
