@@ -176,6 +176,38 @@ def print_table(rows: list[list[str]]):
     print()
 
 
+# Notebook 1: GVote on one head
+
+
+def distance_by_layer(figures: dict[str, list[float]]):
+    """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
+    figure, axis = plt.subplots()
+    lines = {
+        "before, all": ("before the norm", ORANGE, "-"),
+        "before, rest": ("before, without\nthe first 4 tokens", ORANGE, ":"),
+        "after, all": ("after the norm", BLUE, "-"),
+    }
+    for name, (_, color, style) in lines.items():
+        axis.plot(figures[f"{name}, by layer"], style, color=color, linewidth=2)
+    for name, color in (("a Gaussian", BLACK), ("a Laplace", GREY)):
+        axis.axhline(figures[name][0], color=color, linewidth=1)
+    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
+    ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
+    ends += [(figures["a Gaussian"][0], "draws from a Gaussian", BLACK)]
+    ends += [(figures["a Laplace"][0], "draws from a Laplace\ndistribution", GREY)]
+    name_lines(axis, ends, gap=0.15)
+    plt.show()
+
+
+# Notebook 2: what sets the budget
+
+
+# Notebook 3: memory and speed
+
+
+# Notebook 4: does it pay
+
+
 def forest(panels: dict[str, list[tuple]], xlabel: str):
     """Which differences are more than chance? panels: title -> (name, factor, low, high) for each line. An
     interval that holds 1 shows no difference: it is grey."""
@@ -215,6 +247,9 @@ def frontier(panels: dict[str, tuple[dict, dict]], what: str):
     return figure
 
 
+# Notebook 5: who votes
+
+
 def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
     """Do the votes for a needle's digits reach the bar? panels: title -> (name of the voters -> votes (heads,
     digits), name of a bar -> its height)."""
@@ -229,24 +264,4 @@ def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
         axis.set_xticks(range(len(heads)), heads)
     axes[0].set_ylabel("strongest vote for a digit (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=11, loc="outside upper center")
-    plt.show()
-
-
-def distance_by_layer(figures: dict[str, list[float]]):
-    """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
-    figure, axis = plt.subplots()
-    lines = {
-        "before, all": ("before the norm", ORANGE, "-"),
-        "before, rest": ("before, without\nthe first 4 tokens", ORANGE, ":"),
-        "after, all": ("after the norm", BLUE, "-"),
-    }
-    for name, (_, color, style) in lines.items():
-        axis.plot(figures[f"{name}, by layer"], style, color=color, linewidth=2)
-    for name, color in (("a Gaussian", BLACK), ("a Laplace", GREY)):
-        axis.axhline(figures[name][0], color=color, linewidth=1)
-    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
-    ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
-    ends += [(figures["a Gaussian"][0], "draws from a Gaussian", BLACK)]
-    ends += [(figures["a Laplace"][0], "draws from a Laplace\ndistribution", GREY)]
-    name_lines(axis, ends, gap=0.15)
     plt.show()
