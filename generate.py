@@ -335,11 +335,8 @@ def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: li
     """Streams one answer. Returns it, its cache, the seconds of the prefill, and tokens per second."""
     from transformers import TextStreamer
 
-    cache, tokens, times = (
-        KVCache(model.config, max_new_tokens=args.max_new_tokens),
-        [],
-        [time.perf_counter()],
-    )
+    cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
+    tokens, times = [], [time.perf_counter()]
     text = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
     streamer = TextStreamer(tokenizer, **text)
     settings = (policy, args.temperature, args.seed, stop, cache, args.call)
@@ -382,9 +379,8 @@ def characters(tokenizer, tokens: list[int], shares: list[float]) -> Iterator[tu
             continue  # a character of several tokens
         share, first = sum(shares[first:last]) / (last - first), last
         for character in text.translate(pictures):
-            if (
-                character.isprintable() and character != "\ufe0f" or character == "\n"
-            ):  # the rest has no width
+            has_width = character.isprintable() and character != "\ufe0f"
+            if has_width or character == "\n":
                 yield character, share
 
 
@@ -456,10 +452,7 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
     if args.compile:
         print("compiling: up to half a minute the first time, then seconds", file=sys.stderr)
     args.call = compiled_call(device) if args.compile else None
-    for _ in generate(
-        model, ids[:, :1024], 3, call=args.call
-    ):  # the first pass is slower than those after it
-        pass
+    list(generate(model, ids[:, :1024], 3, call=args.call))  # the first pass is slower than those after it
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
     if question:
         print(question)
