@@ -98,10 +98,8 @@ def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[T
         fast = ((freq * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (fast + (1 - fast) / factor)
     angles = positions[:, None] * freq  # (T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), dim=1).to(dtype), torch.cat((-sin, sin), dim=1).to(
-        dtype
-    )  # with rotate's sign
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)  # with rotate's sign
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
