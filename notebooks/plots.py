@@ -1,5 +1,6 @@
 """What the notebooks share: the style of their pictures, and a look at what each layer hands to a policy."""
 
+import math
 import os
 import textwrap
 from bisect import bisect_left, bisect_right
@@ -205,46 +206,57 @@ def distance_by_layer(figures: dict[str, list[float]]):
 # Notebook 3: memory and speed
 
 
-# Notebook 4: does it pay
+# Notebook 4: does it pay?
 
 
-def forest(panels: dict[str, list[tuple]], xlabel: str):
-    """Which differences are more than chance? panels: title -> (name, factor, low, high) for each line. An
+def plain_log(axis, lowest: int, highest: int):
+    """Powers of ten, from 10**lowest on, as plain numbers."""
+    powers = range(lowest, highest + 1)
+    axis.set_ticks([10.0**n for n in powers], [f"{10.0**n:.{max(-n, 0)}f}" for n in powers], fontsize=11)
+
+
+def loss_by_share(panels: dict[str, tuple[dict, dict]], what: str):
+    """What does a method lose for what it keeps? panels: title -> lines, name -> [(keys kept in %, KL), ...],
+    and points, the same for rules at their own setting."""
+    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
+    colors |= {"SnapKV": GREEN, "KeyDiff": GREY}
+    width = 2.1 + 2.35 * len(panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=True)
+    for axis, (title, (lines, points)) in zip(axes[0], panels.items(), strict=True):
+        for method, line in lines.items():
+            axis.plot(*zip(*line, strict=True), "o-", color=colors[method], markersize=4, linewidth=1.5)
+        for method, point in points.items():
+            axis.plot(*point, "*", color=colors[method], markersize=15, markeredgecolor=BLACK)
+        axis.set(xlabel="keys kept (%)", yscale="log", xlim=(5, 75), xticks=[25, 50, 75])
+        axis.set_title(title, fontsize=13)
+    low, high = axes[0, 0].get_ylim()
+    plain_log(axes[0, 0].yaxis, math.ceil(math.log10(low)), math.floor(math.log10(high)))
+    axes[0, 0].set_ylabel(f"KL on {what}\n(nats per token)")
+    ends = [(line[-1][1], method, colors[method]) for method, line in lines.items()]
+    star = points["GVote, paper's rule"][1]
+    name_lines(axes[0, -1], [*ends, (star * 1.5, "paper's rule", SKY)], gap=0.1)
+    return figure
+
+
+def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):
+    """Which differences are more than chance? panels: title -> (name, ratio, low, high) for each line. An
     interval that holds 1 shows no difference: it is grey."""
     n_lines = len(next(iter(panels.values())))
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 1.2 + 0.32 * n_lines), sharey=True, sharex=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 1.2 + 0.3 * n_lines), sharey=True, sharex=True)
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for y, (_, factor, low, high) in enumerate(lines):
             color = GREY if low <= 1 <= high else BLUE if high < 1 else RED
-            axis.plot([low, high], [y, y], color=color, linewidth=2)
-            axis.plot(factor, y, "o", color=color, markersize=6)
+            axis.plot([low, high], [y, y], color=color, linewidth=2.5)
+            axis.plot(factor, y, "o", color=color, markersize=7)
         axis.axvline(1, color=BLACK, linewidth=0.8)
-        axis.set(title=title, xscale="log", ylim=(n_lines - 0.5, -0.5))
-        axis.set_yticks(range(n_lines), [name for name, *_ in lines])
+        axis.set(xscale="log", ylim=(n_lines - 0.5, -0.5))
+        axis.set_title(title, fontsize=13)
+        axis.set_yticks(range(n_lines), [name for name, *_ in lines], fontsize=12)
+        low, high = axis.get_xlim()
+        plain_log(axis.xaxis, math.ceil(math.log10(low)), math.floor(math.log10(high)))
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel(xlabel, fontsize=12)
     plt.show()
-
-
-def frontier(panels: dict[str, tuple[dict, dict]], what: str):
-    """What does a method lose with what it keeps? panels: title -> lines, name -> [(share, KL), ...], and
-    points, the same for rules that set their own share."""
-    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 3.6 * len(panels), 3.6), squeeze=False, sharey=True
-    )
-    for axis, (name, (lines, points)) in zip(axes[0], panels.items(), strict=True):
-        for method, line in lines.items():
-            axis.plot(
-                *zip(*line, strict=True), "o-", color=colors.get(method, GREY), markersize=3, linewidth=1.2
-            )
-        for method, point in points.items():
-            axis.plot(*point, "*", color=colors.get(method, BLACK), markersize=15)
-        axis.set(title=name, xlabel="keys kept (%)", yscale="log", xlim=(0, 75), xticks=[0, 25, 50, 75])
-    axes[0, 0].set_ylabel(f"{what}\nKL (nats per token)")
-    ends = [(line[-1][1], method, colors.get(method, GREY)) for method, line in lines.items()]
-    name_lines(axes[0, -1], ends, gap=0.1)
-    return figure
 
 
 # Notebook 5: who votes

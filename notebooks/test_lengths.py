@@ -8,6 +8,7 @@ import torch
 import baselines
 import lengths
 import stats
+import tables
 import tasks
 from generate import encode
 from gvote import GVote, PeakVotes
@@ -70,3 +71,23 @@ def test_no_token_is_in_two_instances(tokenizer):  # noqa: F811
     prose = torch.cat([each["ids"] for each in found if each["kind"] != "code"])
     whole = encode(tokenizer, "\n\n".join(tasks.docstrings()), chat=False)[0]
     assert torch.equal(prose, whole[: len(prose)])
+
+
+def test_tables_of_notebook_4_by_hand(llama, tokenizer):  # noqa: F811
+    torch.set_grad_enabled(False)
+    text, needle = [[0.25, 0.1, 0], [0.75, 0.3, 0]], [[0.5, 0.02, 1]] * 12
+    found = "12 of 12 (76-100%)"
+    assert tables.line({"needle": needle, "text": text}) == ["50%", found, "0.020", "0.200"]
+    assert tables.line({"needle": needle[:3] + text[:1], "one of three": needle}) == [
+        "48%", "3 of 4 (30-95%)", "12 of 12", "0.040"
+    ]  # fmt: skip
+    assert len(tables.measured("H2O", 0.25, 400)) == len(tables.HEAD)
+    assert len(tables.rows("full", "own", None, *lengths.KINDS)) == 3 * sum(lengths.KINDS.values())
+    assert len(tables.rows("full", "own", 4000, "text", "needle")) == 4 + 12
+    assert tables.ratio("H2O", "H2O", None, "text") == (1, 1, 1)
+    there, back = (tables.ratio(*pair, 400, "text") for pair in (("H2O", "KVzip"), ("KVzip", "H2O")))
+    assert there == pytest.approx([1 / back[i] for i in (0, 2, 1)], rel=0.05)
+    task = lengths.make_task(llama, tokenizer, **next(lengths.instances(tokenizer)))
+    assert tables.tried("full", llama, tokenizer, [task])[0][:2] == (1, 0)
+    kept, _, _ = tables.tried("h2o:0.5", llama, tokenizer, [task])[0]
+    assert kept == pytest.approx(0.5, abs=0.01)
