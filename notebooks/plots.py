@@ -180,6 +180,158 @@ def print_table(rows: list[list[str]]):
 # Notebook 1: GVote on one head
 
 
+def show(*functions):
+    """Shows the code of functions as a notebook's output, without their docstrings."""
+    import inspect
+
+    from IPython.display import Markdown, display
+
+    parts = [inspect.getsource(function).split('"""', 2) for function in functions]
+    code = "\n\n".join(signature.rstrip() + body.rstrip() for signature, _, body in parts)
+    display(Markdown(f"```python\n{code}\n```"))
+
+
+def print_vectors(names: list[str], vectors: Tensor, n: int = 6):
+    """What is in these vectors? The first n numbers of each, a line per vector."""
+    print(f"the first {n} of {vectors.size(-1)} numbers")
+    numbers = [[f"{x:.2f}" for x in vector[:n]] for vector in vectors.tolist()]
+    print_table([[name.strip(), *row, "..."] for name, row in zip(names, numbers, strict=True)])
+
+
+def how_many_keys(words: list[str], queries: dict[str, Tensor], top_p: float = 0.95):
+    """How many keys hold top_p of a query's attention? queries: by name the attention to each word, (T,)."""
+    rows = [[] for _ in range(len(words) + 1)]
+    for name, probs in queries.items():
+        rows[0] += [name, "attention", "added up", "nucleus"]
+        total = 0.0
+        for row, i in zip(rows[1:], probs.argsort(descending=True).tolist(), strict=True):
+            inside, total = "yes" if total < top_p else "-", total + probs[i].item()
+            row += [words[i].strip(), f"{probs[i]:.1%}", f"{total:.1%}", inside]
+    print_table(rows)
+
+
+def which_keys_get_votes(words: list[str], probs: Tensor, panels: dict[str, Tensor], n_samples: int = 8):
+    """Which of a few keys get a vote, and from whom? One head: probs (G * S, T), and by rule its votes. The
+    samples of the first query head are rows of their own, those of the others are one row together."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4.7), sharey=True)
+    colors = LinearSegmentedColormap.from_list("votes", ["white", SKY, ORANGE, GREEN], N=4)
+    for axis, (title, votes) in zip(axes, panels.items(), strict=True):
+        got = torch.stack([*votes[:n_samples], votes[n_samples:].any(dim=0)])
+        so_far = got.cumsum(dim=0) > 0
+        first = got & (got.cumsum(dim=0) == 1)
+        table = torch.cat((got.float() + first.float(), 3 * so_far[-1:].float()))
+        axis.imshow(table, cmap=colors, vmin=0, vmax=3, aspect="auto", alpha=0.85)
+        for row in range(n_samples):
+            for column, share in enumerate(probs[row].tolist()):
+                color = BLACK if votes[row, column] else GREY
+                axis.text(
+                    column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=12
+                )
+        for row, kept in enumerate([*so_far, so_far[-1]]):
+            weight = "bold" if row == n_samples + 1 else None
+            axis.text(len(words) - 0.3, row, f"{kept.sum()} of {len(words)}", va="center", weight=weight)
+        axis.text(len(words) - 0.3, -0.62, "so far", va="bottom", fontsize=12)
+        axis.set_title(title, fontsize=13, pad=10)
+        axis.set_xticks(range(len(words)), [word.strip() for word in words], fontsize=12)
+        axis.set_xticks([i + 0.5 for i in range(len(words) - 1)], minor=True)
+        axis.set_yticks([i + 0.5 for i in range(n_samples + 1)], minor=True)
+        axis.grid(which="minor", color="white", linewidth=2)
+        axis.tick_params(which="both", length=0)
+        axis.xaxis.tick_top()
+        axis.spines[:].set_visible(False)
+    names = [*(f"sample {s}" for s in range(n_samples)), "two more\nquery heads", "kept"]
+    axes[0].set_yticks(range(len(names)), names)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.85) for color in (ORANGE, SKY, GREEN)]
+    names = ["first vote for this key", "another vote", "kept"]
+    figure.legend(handles, names, ncols=3, loc="outside lower center", fontsize=12)
+    figure.suptitle("numbers: attention (%); colour: votes", fontsize=12)
+    return figure
+
+
+def how_many_votes(sizes: Tensor, current: Tensor, n: int):
+    """How many keys does each sample vote for? sizes (G, S): by the default rule. n: by the paper's rule, the
+    mean of current (G,), the sizes of the current query's nuclei."""
+    figure, axis = plt.subplots(figsize=(9.2, 3.6))
+    n_heads, n_samples = sizes.shape
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # before the line
+    starts = [g * (n_samples + 3) for g in range(n_heads)]
+    for start, bars, diamond in zip(starts, sizes.tolist(), current.tolist(), strict=True):
+        axis.bar(range(start, start + n_samples), bars, color=SKY)
+        for x, size in enumerate(bars, start):
+            axis.text(x, 1.05 * size, f"{size}", ha="center", fontsize=11, bbox=box)
+        axis.plot(start + n_samples, diamond, "D", color=BLACK)
+        axis.text(start + n_samples + 0.45, 1.04 * diamond, f"{diamond}", va="bottom", fontsize=11)
+    axis.axhline(n, color=RED, zorder=0)
+    axis.set_xticks([start + 3.5 for start in starts], [f"query head {g}" for g in range(n_heads)])
+    axis.tick_params(axis="x", length=0)
+    axis.set(ylabel="keys voted for", yscale="log", xlim=(-0.8, starts[-1] + n_samples + 1.6), ylim=(5, 1000))
+    axis.set_yticks([10, 100, 1000], ["10", "100", "1,000"])
+    ends = [(300, "default rule:\na bar per sample", BLUE), (n, f"paper's rule:\n{n} keys each", RED)]
+    name_lines(axis, [*ends, (9, "\u25c6 nucleus of the\ncurrent query", BLACK)])
+    plt.show()
+
+
+def where_votes_fall(panels: dict[str, Tensor], name: str, marked: list[int]):
+    """Where in the prompt are the keys that get votes? panels: by rule, the votes (G * S, T) of a head's 24
+    samples. The marked tokens have a line with this name."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4), sharey=True)
+    for axis, (title, votes) in zip(axes, panels.items(), strict=True):
+        kept = votes.any(dim=0)
+        for rows, top, color in ((votes, 0, BLUE), (kept[None], len(votes) + 1, GREEN)):
+            share = rows.float().unflatten(1, (-1, 8)).mean(dim=-1)  # of 8 tokens: there is no room for all
+            shades = LinearSegmentedColormap.from_list("votes", ["white", color])
+            extent = (0, len(kept), top + max(len(rows), 4) - 0.5, top - 0.5)
+            style = {"cmap": shades, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+            axis.imshow(share, aspect="auto", extent=extent, **style)
+        for row in (7.5, 15.5, 23.5):
+            axis.axhline(row, color=GREY, linewidth=0.8)
+        axis.axvline(sum(marked) / len(marked), color=RED, linewidth=1.5)
+        axis.text(sum(marked) / len(marked), -1, name, color=RED, ha="center", va="bottom")
+        axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13, pad=24)
+        axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000])
+        axis.set(xlim=(0, len(kept)), ylim=(len(votes) + 4.5, -0.5))
+    names = [*(f"query head {g}\n(8 samples)" for g in range(3)), "kept"]
+    axes[0].set_yticks([3.5, 11.5, 19.5, 26.5], names)
+    for axis in axes:
+        axis.tick_params(axis="y", length=0)
+    figure.supxlabel("the darker, the more of eight neighbouring keys get a vote", fontsize=12)
+    plt.show()
+
+
+def what_all_heads_keep(panels: dict[str, Tensor]):
+    """Which keys do all heads keep? panels: by rule (layers, H_kv, T); a cell is the mean of 32 tokens."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4.4), sharey=True)
+    for axis, (title, kept) in zip(axes, panels.items(), strict=True):
+        cells = 100 * kept.flatten(0, 1).float().unflatten(1, (-1, 32)).mean(dim=-1)
+        extent = (0, kept.size(-1), len(kept), 0)
+        image = axis.imshow(cells, aspect="auto", vmin=0, vmax=100, interpolation="nearest", extent=extent)
+        axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13)
+        axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000], yticks=[0, 10, 20, 30])
+    axes[0].set_ylabel("layer (three heads each)")
+    figure.colorbar(image, ax=axes, ticks=[0, 50, 100], label="keys kept (%)")
+    return figure
+
+
+def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], even: float):
+    """Do the samples ask for what the answer looks up? heads: (layer, head) of some. paid: in all heads,
+    the attention to it of the answer's best query, and of the samples (G * S,). even: an even share."""
+    figure, axis = plt.subplots(figsize=(9.2, 3.8))
+    x = range(len(heads))
+    for (name, each), color, marker in zip(paid.items(), (RED, SKY), "Do", strict=True):
+        shares = torch.stack(each).unflatten(0, (-1, 3))[tuple(zip(*heads, strict=True))].view(len(heads), -1)
+        axis.plot(x, 100 * shares, marker, color=color, markersize=7 if color == RED else 4)
+        print(f"attention to the code, {name}: {shares.min():.2%} to {shares.max():.2%}")
+    print(f"attention to the code, spread evenly: {even:.2%}")
+    axis.axhline(100 * even, color=BLACK, linewidth=1, linestyle="--")
+    axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=11)
+    axis.set(xlabel="heads that look the code up (layer.head)", ylabel="attention paid\nto the code (%)")
+    axis.set(yscale="log", ylim=(1e-5, 300))
+    axis.set_yticks([1e-4, 1e-2, 1, 100], ["0.0001", "0.01", "1", "100"])
+    ends = [(70, "the answer's\nbest query", RED), (100 * even, "spread evenly", BLACK)]
+    name_lines(axis, [*ends, (1e-3, "24 samples", BLUE)], gap=0.13)
+    plt.show()
+
+
 def distance_by_layer(figures: dict[str, list[float]]):
     """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
     figure, axis = plt.subplots()
@@ -194,8 +346,8 @@ def distance_by_layer(figures: dict[str, list[float]]):
         axis.axhline(figures[name][0], color=color, linewidth=1)
     axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
     ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
-    ends += [(figures["a Gaussian"][0], "draws from a Gaussian", BLACK)]
-    ends += [(figures["a Laplace"][0], "draws from a Laplace\ndistribution", GREY)]
+    ends += [(figures["a Gaussian"][0], "a Gaussian", BLACK)]
+    ends += [(figures["a Laplace"][0], "a Laplace\ndistribution", GREY)]
     name_lines(axis, ends, gap=0.15)
     plt.show()
 
