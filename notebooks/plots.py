@@ -5,6 +5,7 @@ import os
 import textwrap
 from bisect import bisect_left, bisect_right
 from itertools import accumulate, takewhile
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -12,7 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from gvote import attention
-from model import KVCache, Llama, keep_all
+from model import PAGE, KVCache, Llama, Table, keep_all
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -356,6 +357,105 @@ def distance_by_layer(figures: dict[str, list[float]]):
 
 
 # Notebook 3: memory and speed
+
+
+def where_do_rows_go(cache: KVCache, layer: int):
+    """Where do the rows of a layer's table go? On the left which keys each head kept, on the right the pages
+    of the layer's table. The cache is of one prompt."""
+    table, n_tokens = cache.layers[layer], cache.prompt_length
+    figure, (dense, rows) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(56, 38))
+    for head, color in enumerate((BLUE, ORANGE, GREEN)):
+        kept = cache.kept_positions(layer, head).tolist()
+        dense.scatter(range(n_tokens), [head] * n_tokens, s=19, marker="s", color=GREY, alpha=0.25)
+        dense.scatter(kept, [head] * len(kept), s=19, marker="s", color=color)
+        first = table.first_row[head]
+        new, rest = first + len(kept), first + len(kept) + table.reserved
+        empty = {"facecolor": "white", "edgecolor": color}
+        for start, stop, style, label in (
+            (first, new, {"color": color}, "a kept key"),
+            (new, rest, empty, "reserved for a new token"),
+            (rest, -(-rest // PAGE) * PAGE, {"color": GREY, "marker": "x"}, "the rest of a page"),
+        ):
+            at = torch.arange(start, stop)
+            rows.scatter(at % PAGE, at // PAGE, **{"s": 19, "marker": "s", "label": label} | style)
+    dense.set(xlabel="position in the prompt", ylabel="head", yticks=range(3), ylim=(2.7, -0.7))
+    dense.set_title(f"of {n_tokens} keys the heads keep {', '.join(map(str, table.kept))}", fontsize=13)
+    rows.set(xlabel="row in the page", ylabel="page", yticks=range(table.keys.size(0)))
+    rows.set_title("the layer's table", fontsize=13)
+    rows.invert_yaxis()
+    handles, labels = rows.get_legend_handles_labels()
+    figure.legend(handles[:3], labels[:3], ncols=3, loc="outside lower center", fontsize=12)
+    plt.show()
+
+
+def how_much_is_held(held: dict[str, list[int]]):
+    """How many bytes do the caches hold while a prompt is read? held: for each way to read it, the bytes when
+    each layer has just made its keys, and at the end."""
+    figure, axis = plt.subplots(figsize=(4.4, 3.8))  # the README shows it a third as wide
+    for (way, nbytes), color, style in zip(held.items(), (ORANGE, BLUE, GREEN), ("-", "-", ":"), strict=True):
+        mib = torch.tensor(nbytes) / 2**20
+        axis.plot(range(1, len(mib) + 1), mib, style, color=color, linewidth=3)
+        print(f"{way:28} peak {mib.max():6.1f} MiB, in the end {mib[-1]:6.1f} MiB")
+    top = max(map(max, held.values())) / 2**20
+    axis.text(12, 0.58 * top, "full cache", color=ORANGE, ha="right", fontsize=16)
+    axis.text(31, 0.26 * top, "GVote,\nlayer by layer", color=BLUE, ha="right", va="top", fontsize=16)
+    axis.text(16, 0.82 * top, "GVote, after\nthe last layer", color=GREEN, ha="right", fontsize=16)
+    axis.set_xlabel("layer being read (31: done)", fontsize=17)
+    axis.set_ylabel("cache held (MiB)", fontsize=17)
+    axis.set_ylim(0, None)
+    axis.tick_params(labelsize=16)
+    save(figure, "memory_peak")
+    plt.show()
+
+
+def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth: float):
+    """How much of a token's time does it take to read the bytes? seconds and caches: of speed.by_context;
+    bandwidth in bytes per second. The picture shows up to four contexts, the table the longest."""
+    contexts = sorted({n for n, _ in caches})[-4:]
+    bars = [(how, way) for how in ("eager", "compiled") for way in ("full", "GVote")]
+    weights = 1000 * weight_bytes / bandwidth
+    cache = {key: 1000 * each.nbytes / bandwidth for key, each in caches.items()}  # all in ms
+    measured = {key: 1000 * median(times) for key, times in seconds.items()}
+    figure, axes = plt.subplots(1, len(contexts), figsize=(9, 3.8), sharey=True)
+    for axis, n in zip(axes, contexts, strict=True):
+        read = torch.tensor([cache[n, way] for _, way in bars])
+        total, bottom = torch.tensor([measured[n, *bar] for bar in bars]), torch.zeros(4)
+        for heights, color, label in (
+            (torch.full((4,), weights), GREY, "weights: bytes / bandwidth"),
+            (read, BLUE, "cache: bytes / bandwidth"),
+            (total - weights - read, YELLOW, "all else: measured minus these"),
+        ):
+            axis.bar(range(4), heights, bottom=bottom, color=color, label=label)
+            bottom = bottom + heights
+        axis.set_xticks(range(4), [way for _, way in bars], rotation=90, fontsize=12)
+        axis.set_title(f"{n:,} tokens", fontsize=13)
+        for x, how in ((0.5, "eager"), (2.5, "compiled")):
+            axis.text(x, 0.98, how, ha="center", va="top", fontsize=12, transform=axis.get_xaxis_transform())
+    axes[0].set_ylim(0, 1.25 * max(measured.values()))
+    axes[0].set_ylabel("time per token (ms)")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=12, columnspacing=1)
+    save(figure, "speed_limit")
+    plt.show()
+    table = [[f"{n:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
+    for how, way in bars:
+        limit, time = weights + cache[n, way], measured[n, how, way]
+        table.append([f"{way}, {how}", f"{time:.1f}", f"{limit:.1f}", f"{limit / time:.0%}"])
+    print_table(table)
+
+
+def which_pages_are_read(table: Table, used: list[int], new: int) -> str:
+    """Which pages does the kernel read for new token number `new`? One line per page. used: by head, how many
+    of its pages are read."""
+    lines = ["         page  k: a kept key   n: a new token's key   .: hidden from the new token"]
+    first_pages = [*table.first_page.tolist(), table.keys.size(0)]
+    for head, first_new in enumerate(table.first_new.tolist()):
+        for i, page in enumerate(range(*first_pages[head : head + 2])):
+            rows = range(PAGE * page, PAGE * (page + 1))
+            marks = "".join("k" if r < first_new else "n" if r <= first_new + new else "." for r in rows)
+            name = f"head {head}" if i == 0 else ""
+            lines.append(f"{name:8} {page:4}  {marks}  {'read' if i < used[head] else 'not read'}")
+    return "\n".join(lines)
 
 
 # Notebook 4: does it pay?

@@ -126,6 +126,26 @@ def hugging_face(ids: Tensor, press=None):
     return model, step
 
 
+def bandwidth(n_repeats: int = 10) -> float:
+    """Bytes per second that the device reads from its memory: how fast it sums half a GiB."""
+    block = torch.ones(2**27, dtype=torch.float32, device=DEVICE)
+    return block.nbytes / median(race(n_repeats, lambda: block.sum().item())[0])
+
+
+def attention_only(model: Llama, cache: KVCache):
+    """Of a step that reads a token, only its attention to the cache, in all layers."""
+    config, new = model.config, torch.zeros(1, dtype=torch.long, device=DEVICE)
+    shape = (cache.batch_size, config.n_head, 1, config.head_dim)
+    queries = torch.randn(shape, device=DEVICE, dtype=DTYPE)
+    keys = queries[:, : config.n_kv_head]  # for what is measured, any will do
+
+    def step():
+        for table in cache.layers:
+            table.attend(queries, keys, keys, new, 1)
+
+    return step
+
+
 def first_compiled_token() -> float:
     """Seconds, of which nearly all go into compiling."""
     model = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE)
@@ -149,6 +169,8 @@ def compile_seconds() -> list[float]:
                 env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
             )  # Ctrl-C ends us, we it
             done = subprocess.run(command, cwd=Path(__file__).parent, **settings)
+            if done.returncode:
+                raise OSError("a new process could not compile a token: is the disk full?")
             seconds.append(float(done.stdout))
     return seconds
 
@@ -191,19 +213,24 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
         for (n, way), cache in caches.items()
     }
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
-    print("tokens   GVote keeps, takes of the prefill (once)     full      GVote   times as fast (range)")
+    print("        GVote    GVote, of the               one token:")
+    print("tokens  keeps    prefill (once)              full      GVote   times as fast (range)")
     for n in contexts:
         for how in calls:
-            share = f"{caches[n, 'GVote'].usage:13.0%}{shares[n]:22.1%}" if how == "eager" else " " * 35
+            share = f"{caches[n, 'GVote'].usage:7.0%}{shares[n]:13.1%}" if how == "eager" else " " * 20
             slow, fast = seconds[n, how, "full"], seconds[n, how, "GVote"]
-            print(f"{n:6}{share} {how:>9} {compare(slow, fast)}", flush=True)
+            print(f"{n:6}{share}   {how:>9}{compare(slow, fast)}", flush=True)
     return seconds, caches
 
 
 @torch.no_grad()
 def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     """Our decoding and prefill against transformers' and kvpress'. Prints a table."""
-    print("first compiled token of a process: {:.1f} s, of a later one: {:.1f} s".format(*compile_seconds()))
+    try:
+        first, later = compile_seconds()
+        print(f"first compiled token of a process: {first:.1f} s, of a later one: {later:.1f} s")
+    except OSError as error:
+        print(f"first compiled token: not measured ({error})")
     compiled = compiled_call(DEVICE)
 
     def show(what: str, slow: list[float], fast: list[float]):
