@@ -514,18 +514,68 @@ def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):
 # Notebook 5: who votes
 
 
-def votes_and_bars(panels: dict[str, tuple[dict, dict]], heads: list[str]):
+def which_rung_helps(panels: dict[str, dict[str, tuple]], changed: dict[str, list[str]]):
+    """Which change brings GVote closer to the full cache? panels: title -> name of each rung -> mean KL and
+    its 95% interval; changed: what was changed -> names of the rungs where it was."""
+    colors = dict(zip(changed, (BLUE, ORANGE, GREY), strict=True))
+    color = {rung: colors[what] for what, rungs in changed.items() for rung in rungs}
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 6), sharey=True)
+    for axis, (title, rungs) in zip(axes, panels.items(), strict=True):
+        for y, (rung, (mean, low, high)) in enumerate(rungs.items()):
+            ends = (max(low, mean / 8), high)  # a log axis has no 0
+            axis.plot(ends, (y, y), color=color.get(rung, BLACK), linewidth=2)
+            axis.plot(mean, y, "o", color=color.get(rung, BLACK), markersize=8)
+        axis.set(title=title, xscale="log", xlabel="KL (nats per token)")
+        axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
+        axis.grid(axis="x", alpha=0.3)
+    handles = [plt.Line2D([], [], marker="o", linewidth=2, color=c, label=what) for what, c in colors.items()]
+    figure.legend(handles=handles, ncols=3, loc="outside upper center", fontsize=12)
+    plt.show()
+
+
+def which_heads_carry_the_code(falls: list[float], named: dict[int, str]):
+    """By how much does the answer's KL fall when one head gets the code back? falls: of each head; named: the
+    heads that read the code, and their names."""
+    figure, axis = plt.subplots(figsize=(9.2, 3.4))
+    axis.bar(range(len(falls)), falls, color=[RED if head in named else GREY for head in range(len(falls))])
+    for head, name in named.items():
+        if falls[head] > 0.1:
+            axis.text(head, falls[head], name, color=RED, ha="center", va="bottom")
+    axis.set(xlabel="layer (three KV heads each)", ylabel="KL falls by\n(nats per token)")
+    axis.set_xticks(range(1, len(falls), 15), range(0, len(falls) // 3, 5))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (RED, GREY)]
+    axis.legend(handles, ["one of the nine heads", "another head"], loc="upper left")
+    plt.show()
+
+
+def who_asks_for_the_code(heads: dict[str, dict[str, Tensor]], words: list[str], digits: range):
+    """Which voters want which keys? heads: title -> name of the voters -> the strongest vote for each key
+    around a note of these words; digits: where among them its digits stand."""
+    figure, axes = plt.subplots(len(heads), 1, figsize=(9.2, 3.2 * len(heads)), sharex=True)
+    for axis, (title, voters) in zip(axes, heads.items(), strict=True):
+        votes = 100 * torch.stack(list(voters.values()))
+        image = axis.imshow(votes, norm="log", vmin=0.03, vmax=100, aspect="auto", interpolation="nearest")
+        axis.set_title(title)
+        axis.set_yticks(range(len(voters)), voters, fontsize=12)
+        for edge in (digits[0] - 0.5, digits[-1] + 0.5):
+            axis.axvline(edge, color=ORANGE, linewidth=2)
+    axes[-1].set_xticks(range(len(words)), [word.replace("\n", "\\n") for word in words], rotation=90)
+    figure.colorbar(image, ax=axes, label="strongest vote (% of a query's attention)")
+    plt.show()
+
+
+def do_the_votes_reach_the_bar(panels: dict[str, tuple[dict, dict]], heads: list[str]):
     """Do the votes for a needle's digits reach the bar? panels: title -> (name of the voters -> votes (heads,
     digits), name of a bar -> its height)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4.2), sharey=True)
     for axis, (title, (voters, bars)) in zip(axes, panels.items(), strict=True):
-        for shift, color, (name, votes) in zip((-0.15, 0.15), (RED, SKY), voters.items(), strict=True):
+        for shift, color, (name, votes) in zip((-0.17, 0.17), (RED, SKY), voters.items(), strict=True):
             x = (torch.arange(len(heads))[:, None] + shift).expand_as(votes)
             axis.plot(x.flatten(), 100 * votes.flatten(), "o", color=color, markersize=4, label=name)
         for style, (name, height) in zip(("--", "-"), bars.items(), strict=True):
             axis.axhline(100 * height, color=BLACK, linewidth=1, linestyle=style, label=name)
         axis.set(title=title, yscale="log", xlabel="head (layer.KV head)")
-        axis.set_xticks(range(len(heads)), heads)
+        axis.set_xticks(range(len(heads)), heads, fontsize=11)
     axes[0].set_ylabel("strongest vote for a digit (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=11, loc="outside upper center")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=12, loc="outside upper center")
     plt.show()

@@ -1,0 +1,316 @@
+"""The ladder of notebook 5: from GVote to the oracle, one change at a time.
+
+A voter is a hidden state at a position. Projected and rotated it is a query, and its vote for a key is
+the share of its attention that the key gets. A rung of the ladder is a pair of functions, for one layer:
+
+    votes = voters(task, layer)    of N voters for the prompt's T keys: (1, H_kv, N, T)
+    top_p = count(votes)           from which top_p on each key is kept: (1, H_kv, T)
+
+Every task has a seed of its own, from which all samples are drawn.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import process_time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import baselines
+from generate import checkpoint_folder, generate, stop_tokens
+from gvote import attention, fit_gaussian, layer_generator
+from model import KVCache, Llama
+from stats import bootstrap, log_ratio
+from tasks import Task, code, continuation, entry, keep_share, needle, prose, recall
+
+# ---- Who votes
+
+
+def vote(task: Task, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
+    """The votes of hidden states (1, N, C) at positions (N,): those of all query heads that share keys."""
+    attn, _, keys, _ = task.layers[layer]
+    return attention(attn.queries(hidden, positions), keys)
+
+
+def noise(task: Task, layer: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=layer_generator(task.layers[layer][0], task.seed))
+
+
+def following(task: Task, n: int) -> Tensor:
+    """GVote's positions: the next one, the one after it, and so on."""
+    return task.n_prompt + torch.arange(n)
+
+
+def samples_256(task: Task, layer: int, n: int = 256) -> Tensor:
+    mean, std = fit_gaussian(task.layers[layer][1])
+    hidden = mean[:, None] + std[:, None] * noise(task, layer, n, mean.size(-1))
+    return vote(task, layer, hidden, following(task, n))
+
+
+def samples_8(task: Task, layer: int) -> Tensor:
+    return samples_256(task, layer, n=8)
+
+
+def correlated_256(task: Task, layer: int) -> Tensor:
+    """Random mixtures of the prompt's own deviations from their mean have just its covariance."""
+    hidden = task.layers[layer][1]
+    mean = hidden.mean(dim=1, keepdim=True)
+    mix = noise(task, layer, 256, task.n_prompt) / math.sqrt(task.n_prompt)
+    return vote(task, layer, mean + mix @ (hidden - mean), following(task, 256))
+
+
+def some_real(task: Task, layer: int) -> Tensor:
+    attn, hidden, _, _ = task.layers[layer]
+    return hidden[:, torch.randint(task.n_prompt, (256,), generator=layer_generator(attn, task.seed))]
+
+
+def real_256(task: Task, layer: int) -> Tensor:
+    return vote(task, layer, some_real(task, layer), following(task, 256))
+
+
+def real_next(task: Task, layer: int) -> Tensor:
+    return vote(task, layer, some_real(task, layer), torch.full((256,), task.n_prompt))
+
+
+def every_token(task: Task, layer: int, step: int = 1) -> Tensor:
+    hidden = task.layers[layer][1][:, ::step]
+    return vote(task, layer, hidden, torch.full((hidden.size(1),), task.n_prompt))
+
+
+def every_4th(task: Task, layer: int) -> Tensor:
+    return every_token(task, layer, step=4)
+
+
+def every_and_newest(task: Task, layer: int) -> Tensor:
+    """Every token at the next position, and the newest 32 once more, where they are."""
+    newest = task.layers[layer][1][:, -32:]
+    where_they_are = torch.arange(task.n_prompt - 32, task.n_prompt)
+    return torch.cat((every_token(task, layer), vote(task, layer, newest, where_they_are)), dim=2)
+
+
+def second_reading(task: Task, layer: int) -> Tensor:
+    """KVzip's: the prompt's tokens, read once more. Only the strongest vote for each key is there."""
+    if not hasattr(task, "second"):
+        task.second = baselines.second_reading(task.model, task.tokenizer, task.prompt)
+    return task.second[layer][:, :, None]
+
+
+def future(task: Task, layer: int) -> Tensor:
+    """The oracle: the true hidden states that follow the prompt, at their positions."""
+    return task.attention[layer]
+
+
+def future_8(task: Task, layer: int) -> Tensor:
+    """Eight of them, evenly spread, up to the last."""
+    votes = task.attention[layer].unflatten(2, (-1, task.after.size(1)))  # (1, H_kv, G, N, T)
+    return votes[:, :, :, torch.linspace(0, task.after.size(1) - 1, 8).round().long()].flatten(2, 3)
+
+
+# ---- How the votes are counted
+
+
+def union(votes: Tensor) -> Tensor:
+    """GVote's: a key is kept as soon as it is in the nucleus of one voter."""
+    return entry(votes).amin(dim=2)
+
+
+def strongest(votes: Tensor) -> Tensor:
+    """A key's score is the strongest vote for it. Each head keeps one nucleus of the scores."""
+    scores = votes.amax(dim=2)
+    return entry(scores / scores.sum(dim=-1, keepdim=True))
+
+
+def layer_nucleus(votes: Tensor) -> Tensor:
+    """One nucleus of the scores for all heads of a layer together."""
+    scores = votes.amax(dim=2)
+    return entry((scores / scores.sum(dim=(1, 2), keepdim=True)).flatten(1)).view_as(scores)
+
+
+def bar(votes: Tensor) -> Tensor:
+    """PeakVotes': no nucleus. A key is kept if a vote for it reaches 1 - top_p, in all heads and layers."""
+    return 1 - votes.amax(dim=2)
+
+
+def neighbours(votes: Tensor) -> Tensor:
+    """As `bar`, with the strongest votes averaged over five neighbouring keys, as SnapKV does."""
+    return 1 - F.avg_pool1d(votes.amax(dim=2), 5, stride=1, padding=2, count_include_pad=False)
+
+
+# ---- The ladder
+
+Rung = tuple[Callable, Callable]  # voters, count
+PEAK_VOTES = "one bar: PeakVotes"
+LADDER: dict[str, Rung] = {  # each changes one thing in the one before it
+    "GVote": (samples_8, union),
+    "256 samples": (samples_256, union),
+    "full covariance": (correlated_256, union),
+    "real hidden states": (real_256, union),
+    "all at the next position": (real_next, union),
+    "every token": (every_token, union),
+    "strongest vote": (every_token, strongest),
+    "one nucleus a layer": (every_token, layer_nucleus),
+    PEAK_VOTES: (every_token, bar),
+    # what no policy can have: compared with PeakVotes
+    "second reading (KVzip)": (second_reading, bar),
+    "true future: oracle": (future, bar),
+    "oracle, GVote's union": (future, union),
+    "8 of the true future": (future_8, union),
+}
+CHANGED = {  # by the rungs before PeakVotes, by those up to it, and by those above it
+    "other voters": list(LADDER)[1:6], "another count": list(LADDER)[6:9],
+    "voters that no policy can have": list(LADDER)[9:],
+}  # fmt: skip
+ASIDE: dict[str, Rung] = {  # tried on top of PeakVotes, and compared with it
+    "every 4th token votes": (every_4th, bar),
+    "newest 32 vote again": (every_and_newest, bar),
+    "neighbours averaged": (every_token, neighbours),
+}
+
+
+def kept_by(task: Task, rung: Rung, share: float = 0.25) -> list[Tensor]:
+    """The keep masks of all layers, at one top_p that keeps this share of all keys."""
+    voters, count = rung
+    return keep_share([count(voters(task, layer)) for layer in range(len(task.layers))], share)
+
+
+def climb(tasks: list[Task], rungs: dict[str, Rung]) -> dict[str, list[dict]]:
+    """Each rung at 25% of the keys. For each task: its masks, the figures of `Task.test`, and its cost, the
+    processor time of voting and counting as a share of that of reading the prompt."""
+    rows = {name: [] for name in rungs}
+    for task in tasks:
+        start, masks, cost = process_time(), [], []
+        task.model(task.prompt, KVCache(task.model.config))
+        prefill = process_time() - start
+        for rung in rungs.values():
+            start = process_time()
+            masks.append(kept_by(task, rung))
+            cost.append((process_time() - start) / prefill)
+            if rung[0] is second_reading:  # it reads the prompt twice: only the second counts
+                cost[-1] -= 1
+        for name, *row in zip(rungs, masks, cost, task.test(masks), strict=True):
+            rows[name].append({"masks": row[0], "cost": row[1], **row[2]})
+    return rows
+
+
+def intervals(rows: dict[str, list[dict]]) -> dict[str, tuple[float, float, float]]:
+    """The mean KL of each rung of the ladder, and its 95% interval."""
+    return {rung: bootstrap([row["kl"] for row in rows[rung]]) for rung in LADDER}
+
+
+def factor(rows: list[dict], before: list[dict]) -> str:
+    """By what the KL is multiplied, task by task: the geometric mean, and its 95% interval."""
+    log = log_ratio([row["kl"] for row in rows], [row["kl"] for row in before])
+    mean, low, high = (f"{x:.2f}" if (x := math.exp(y)) < 10 else f"{x:.0f}" for y in bootstrap(log))
+    return f"{mean} ({low}-{high})"
+
+
+def table(found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung]) -> list[list[str]]:
+    """A line for each of these rungs; found: text, needles and padlock -> what `climb` found. Factors compare
+    with the rung before; above PeakVotes, and for what is not on the ladder, with PeakVotes."""
+    rows = [["25% of the keys", "text, times", "needles, times", "solved", "padlock", "cost"]]
+    names, top = list(LADDER), list(LADDER).index(PEAK_VOTES)
+    for name, (voters, _) in rungs.items():
+        text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
+        before = names[names.index(name) - 1] if name in names[1 : top + 1] else PEAK_VOTES
+        first = name == names[0]
+        rows.append(
+            [name] + ["" if first else factor(found[k][name], found[k][before]) for k in ("text", "needles")]
+        )
+        rows[-1] += [f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"]
+        rows[-1] += ["right" if padlock["exact"] else "wrong"]
+        rows[-1] += ["-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"]
+    return rows
+
+
+# ---- What it is climbed with
+
+
+def padlock(model: Llama, tokenizer, prompt: Tensor) -> Task:
+    """The running example: its prompt ends with the question, and the full cache's own answer follows."""
+    answer = list(generate(model, prompt, 24, stop=stop_tokens(checkpoint_folder())))
+    task = Task(model, prompt, torch.tensor([answer]), len(answer))
+    task.tokenizer, task.seed = tokenizer, 0
+    return task
+
+
+def instances(
+    model: Llama, tokenizer, kind: str, n: int, n_prompt: int = 512, n_chars: int = 1600
+) -> list[Task]:
+    """The first n pages of prose or modules of code, cut after n_prompt tokens, or the first n needles that
+    the full cache answers, in n_chars of text."""
+    if kind == "needle":
+        found = (recall(model, tokenizer, needle(i, n_chars), question_after=True) for i in range(100))
+        solved = (task for task in found if task.exact(task.full))
+        tasks = [next(solved) for _ in range(n)]
+    else:
+        texts = list((prose() if kind == "prose" else code()).values())[:n]
+        tasks = [continuation(model, tokenizer, text, n_prompt, n_prompt // 8) for text in texts]
+    for number, task in enumerate(tasks):
+        task.tokenizer, task.seed = tokenizer, 100 * ("prose", "code", "needle").index(kind) + number
+    return tasks
+
+
+def say(task: Task, masks: list[Tensor]) -> str:
+    """What the model answers, greedily, when each layer keeps these keys."""
+    stop = stop_tokens(checkpoint_folder())
+    tokens = generate(task.model, task.prompt, 24, lambda attn, *_: masks[attn.layer], stop=stop)
+    return task.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+# ---- Which heads carry the digits, and who votes for them
+
+
+def name(head: int) -> str:
+    """Heads are numbered through all layers of three KV heads each: 56 is 18.2, KV head 2 of layer 18."""
+    return f"{head // 3}.{head % 3}"
+
+
+def digits_at(task: Task) -> Tensor:
+    """Where in the prompt the digits of the answer are."""
+    digits = [i for i in task.after[0].tolist() if task.tokenizer.decode([i]).isdigit()]
+    ids = task.prompt[0].tolist()
+    start = next(i for i in range(task.n_prompt) if ids[i : i + len(digits)] == digits)
+    return torch.arange(start, start + len(digits))
+
+
+def asked(task: Task) -> Tensor:
+    """The largest share of its attention to the prompt that a token after it pays to the digits, by head."""
+    at = digits_at(task)
+    return torch.cat([true[0, :, :, at].sum(dim=-1).amax(dim=1) for true in task.attention])
+
+
+def held(task: Task, masks: list[Tensor]) -> Tensor:
+    """Of the attention that tokens after the prompt pay to the digits, the share on kept keys, by head."""
+    at = digits_at(task)
+    paid = torch.cat([true[0, :, :, at].sum(dim=1) for true in task.attention])  # (heads, digits)
+    return (paid * torch.cat(masks, dim=1)[0][:, at]).sum(dim=-1) / paid.sum(dim=-1)
+
+
+def give_back(task: Task, masks: list[Tensor], heads: Sequence[int]) -> list[Tensor]:
+    """The masks, with the digits, ten tokens before them and the full stop kept in these heads."""
+    at, kept = digits_at(task), torch.stack(masks)  # (layers, 1, H_kv, T)
+    rows = torch.tensor(list(heads), dtype=torch.long)[:, None]
+    kept.flatten(0, 2)[rows, torch.arange(at[0] - 10, at[-1] + 2)] = True
+    return list(kept)
+
+
+def given_back(tasks: list[Task], rows: list[dict], heads: Sequence[int]) -> tuple[float, float]:
+    """Mean KL, and how many answers are right, if what `climb` found gets the note back in these heads."""
+    tested = [
+        task.test([give_back(task, row["masks"], heads)])[0] for task, row in zip(tasks, rows, strict=True)
+    ]
+    return sum(row["kl"] for row in tested) / len(tested), sum(row["exact"] for row in tested)
+
+
+def held_by(tasks: list[Task], rows: list[dict]) -> Tensor:
+    """`held`, of what `climb` found, in the mean of the tasks."""
+    return torch.stack([held(task, row["masks"]) for task, row in zip(tasks, rows, strict=True)]).mean(dim=0)
+
+
+def votes_for_digits(task: Task, head: int, voters: Callable = every_token) -> tuple[Tensor, Tensor]:
+    """In one head: the strongest vote for each digit, and which voter cast it."""
+    config = task.model.config
+    votes = voters(task, head // 3)[0, head % 3][:, digits_at(task)]  # (G * N, digits)
+    return votes.unflatten(0, (config.n_head // config.n_kv_head, -1)).amax(dim=0).max(dim=0)
