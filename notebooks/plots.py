@@ -353,7 +353,81 @@ def distance_by_layer(figures: dict[str, list[float]]):
     plt.show()
 
 
-# Notebook 2: what sets the budget
+# Notebook 2: what moves the budget
+
+RULE_COLORS = {"per_sample": BLUE, "current_query": ORANGE}
+
+
+def how_even_is_attention(curves: dict[str, Tensor], top_p: float):
+    """How evenly do the samples spread their attention? curves: name of a prompt -> the attention (in %) that
+    the best 1, 2, ..., T keys hold together, mean over all samples and heads."""
+    figure, axis = plt.subplots(figsize=(8, 3.8))
+    colors = (BLUE, RED, PINK)
+    for (name, curve), color in zip(curves.items(), colors, strict=False):
+        share = torch.linspace(0, 100, len(curve) + 1)[1:]
+        axis.plot(share, curve, color=color, linewidth=2.5, label=name)
+    axis.plot([0, 100], [0, 100], ":", color=BLACK, label="all keys get the same")
+    axis.axhline(100 * top_p, color=GREY, linewidth=1, label=f"{top_p:.0%}, as in a nucleus")
+    axis.set(xlabel="keys, best first (% of the prompt)", ylabel="their attention (%)")
+    axis.set(xlim=(0, 100), ylim=(0, 101))
+    figure.legend(loc="outside right center", fontsize=12)
+    plt.show()
+
+
+def which_prompts_keep_most(rows: dict[str, dict[str, list[float]]]):
+    """Do prompts differ by more than one prompt's seeds do? rows: name -> rule -> shares kept (%). The first
+    row holds one prompt's seeds, the others one dot per prompt."""
+    first, *others = rows
+    names = [*sorted(others, key=lambda name: sum(rows[name]["per_sample"])), first]
+    figure, axis = plt.subplots(figsize=(8, 4.4))
+    for rule, color in RULE_COLORS.items():
+        dots = [(share, y) for y, name in enumerate(names) for share in rows[name][rule]]
+        axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.5, markeredgewidth=0, label=rule)
+    axis.axhline(len(names) - 1.5, color=GREY, linewidth=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="keys kept (%)", xlim=(0, 101))
+    figure.legend(ncols=2, loc="outside upper center")
+    plt.show()
+
+
+def what_do_the_settings_do(panels: dict[str, tuple[list, dict[str, list[list[float]]]]]):
+    """How much does each setting move the kept share? panels: setting -> its values, and rule -> one curve
+    (%) per text. The first text is the line, the others are shaded."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(8.6, 3.8), sharey=True)
+    for axis, (title, (values, by_rule)) in zip(axes, panels.items(), strict=True):
+        for rule, curves in by_rule.items():
+            curves, color = torch.tensor(curves), RULE_COLORS[rule]
+            low, high = curves[1:].amin(dim=0), curves[1:].amax(dim=0)
+            axis.fill_between(values, low, high, color=color, alpha=0.25, linewidth=0)
+            axis.plot(values, curves[0], "o-", color=color, label=rule)
+        axis.set(xlabel=f"{title} (dotted: the default)", ylim=(0, 100))
+    values = panels["number of samples"][0]
+    axes[1].set_xscale("log")
+    axes[1].set_xticks(values, values)
+    axes[1].minorticks_off()
+    for axis, default in zip(axes, (0.95, 8), strict=True):
+        axis.axvline(default, color=BLACK, linestyle=":")
+    axes[0].set_ylabel("keys kept (%)")
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=2, loc="outside upper center")
+    plt.show()
+
+
+def do_longer_prompts_keep_less(lengths: list[int], lines: dict[str, list[float]], pages: dict[str, dict]):
+    """Does a longer prompt keep a smaller share? lines: rule -> share kept (%) at these lengths of one
+    prompt. pages: rule -> length -> mean of other prompts, and its interval."""
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    for rule, color in RULE_COLORS.items():
+        axis.plot(lengths, lines[rule], "-", color=color, label=f"running example, {rule}")
+        for length, (mean, low, high) in pages[rule].items():
+            axis.plot([length, length], [low, high], color=color, linewidth=2)
+            axis.plot(length, mean, "s", color=color, markersize=7)
+    axis.plot([], [], "s", color=GREY, label="12 other pages, 95% interval")
+    ticks = [64, 128, 256, 512, 1024, 2048, 4096]
+    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 100), xscale="log")
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.minorticks_off()
+    axis.legend(loc="upper right")
+    plt.show()
 
 
 # Notebook 3: memory and speed

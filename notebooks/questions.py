@@ -591,15 +591,34 @@ def table(*numbers: int) -> Markdown:
     return Markdown("\n".join(lines))
 
 
-def by_name(number: int, columns: Iterable[str], rows: dict[str, str]) -> Markdown:
+def grid(header: list[str], rows: Iterable[list[str]]) -> Markdown:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+def by_name(number: int, columns: Iterable[str], rows: dict[str, str | tuple[str, str]]) -> Markdown:
     """A question's means and 95% intervals as a table. rows: the names of figures, with {} in place of the
-    column, and what to call them."""
-    figures, columns = figures_of(number), list(columns)
-    lines = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    column, and what to call them, perhaps with a number format."""
+    figures, columns, lines = figures_of(number), list(columns), []
     for name, title in rows.items():
+        title, spec = title if isinstance(title, tuple) else (title, ".3g")
         found = [figures.get(name.format(column)) for column in columns]
-        lines.append(f"| {title} | {' | '.join(show(x, '.3g') if x else '–' for x in found)} |")
-    return Markdown("\n".join(lines))
+        lines.append([title, *(show(x, spec) if x else "–" for x in found)])
+    return grid(["", *columns], lines)
+
+
+def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
+    """From the results of lengths.py: rule -> tokens -> share kept (%) of 12 pages with a needle: mean and
+    95% interval."""
+    found = json.loads(RESULTS.with_name("lengths.json").read_text("utf-8"))["results"]
+    names = zip(RULES, ("GVote", "GVote, paper's rule"), strict=True)
+    return {
+        rule: {
+            int(length): bootstrap([100 * share for share, *_ in kinds["needle"][name]["own"]])
+            for length, kinds in found.items()
+        }
+        for rule, name in names
+    }
 
 
 def compare(number: int, again: Figures):
