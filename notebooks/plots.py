@@ -613,7 +613,7 @@ def which_heads_carry_the_code(falls: list[float], named: dict[int, str]):
     figure, axis = plt.subplots(figsize=(9.2, 3.4))
     axis.bar(range(len(falls)), falls, color=[RED if head in named else GREY for head in range(len(falls))])
     for head, name in named.items():
-        if falls[head] > 0.1:
+        if falls[head] > 0.2:
             axis.text(head, falls[head], name, color=RED, ha="center", va="bottom")
     axis.set(xlabel="layer (three KV heads each)", ylabel="KL falls by\n(nats per token)")
     axis.set_xticks(range(1, len(falls), 15), range(0, len(falls) // 3, 5))
