@@ -465,7 +465,7 @@ def where_do_rows_go(cache: KVCache, layer: int):
 def how_much_is_held(held: dict[str, list[int]]):
     """How many bytes do the caches hold while a prompt is read? held: for each way to read it, the bytes when
     each layer has just made its keys, and at the end."""
-    figure, axis = plt.subplots(figsize=(4.4, 3.8))  # the README shows it a third as wide
+    figure, axis = plt.subplots(figsize=(4.4, 3.8))
     for (way, nbytes), color, style in zip(held.items(), (ORANGE, BLUE, GREEN), ("-", "-", ":"), strict=True):
         mib = torch.tensor(nbytes) / 2**20
         axis.plot(range(1, len(mib) + 1), mib, style, color=color, linewidth=3)
@@ -478,7 +478,6 @@ def how_much_is_held(held: dict[str, list[int]]):
     axis.set_ylabel("cache held (MiB)", fontsize=17)
     axis.set_ylim(0, None)
     axis.tick_params(labelsize=16)
-    save(figure, "memory_peak")
     plt.show()
 
 
@@ -509,7 +508,6 @@ def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth
     axes[0].set_ylabel("time per token (ms)")
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=12, columnspacing=1)
-    save(figure, "speed_limit")
     plt.show()
     table = [[f"{n:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
     for how, way in bars:

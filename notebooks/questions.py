@@ -42,6 +42,7 @@ from tasks import NAMES, THINGS, Task, continuation, entry, keep_share
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
 RULES = ("per_sample", "current_query")  # this repo's default, and the paper's
+NAMED = ("our rule", "the paper's rule")
 Figures = dict[str, list]  # by name, one value per text
 PAGES = "typesseq typesmapping debugger strings comparisons execmodel".split()
 MORE_PAGES = "assignment try calls sequence-types numeric-types function".split()
@@ -138,12 +139,10 @@ def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_gaussian(f: Figures) -> str:
-    rest = f"{show(f['after, rest'])} after the norm and {show(f['before, rest'])} before it"
-    everything = f"{show(f['after, all'])} and {show(f['before, all'])}"
     return (
-        f"Without the first {N_SINK} tokens, a channel's values are off a Gaussian's quantiles by {rest}, in "
-        f"standard deviations; with them by {everything}. A sample from a Gaussian is off by "
-        f"{f['a Gaussian'][0]:.3f}, one from a Laplace distribution by {f['a Laplace'][0]:.3f}."
+        f"The values that GVote fits, sorted, are off a Gaussian's by {show(f['after, rest'])} standard "
+        f"deviations. A sample from a Gaussian is off by {f['a Gaussian'][0]:.3f}, one from a Laplace "
+        f"distribution by {f['a Laplace'][0]:.3f}."
     )
 
 
@@ -194,15 +193,12 @@ def proxies(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_proxies(f: Figures) -> str:
-    def at(name: str) -> str:
-        return show(f[f"{name}, mean"], ".2f")
-
+    samples, tokens, window = (
+        show(f[f"{name}, mean"], ".2f") for name in ("8 samples", "8 random tokens", "SnapKV, window")
+    )
     return (
-        "Overlap (0 to 1) with the attention of the next 64 true queries: "
-        f"64 samples {at('64 samples')}, 64 random tokens of the prompt {at('64 random tokens')}, its "
-        f"last 64 tokens {at('the last 64 tokens')}, all moved to the next positions. Only 8: samples "
-        f"{at('8 samples')}, random tokens {at('8 random tokens')}. At their own positions: SnapKV's window "
-        f"{at('SnapKV, window')}, the last query {at('the last query')}."
+        f"The attention of 8 samples overlaps with that of the next 64 true queries by {samples}, where 1 is "
+        f"equal. 8 random tokens of the prompt reach {tokens}, and SnapKV's 64 last queries {window}."
     )
 
 
@@ -226,12 +222,10 @@ def seeds(model: Llama, tokenizer, n: int = 12, n_seeds: int = 20) -> Figures:
 
 
 def answer_seeds(f: Figures) -> str:
-    sentences = [
-        f"`{rule}`: the share kept spans {show(f[f'{rule}, kept, range'], '.1f')} points over 20 seeds; "
-        f"the worst seed's KL is {show(f[f'{rule}, kl, worst / best'], '.1f')} times the best one's"
-        for rule in RULES
-    ]
-    return ". ".join(sentences) + "."
+    ours, paper = (show(f[f"{rule}, kept, range"], ".1f") for rule in RULES)
+    return (
+        f"Over 20 seeds the kept share moves by {ours} points with our rule, and by {paper} with the paper's."
+    )
 
 
 # 4. When does the current query's size help, when does it hurt?
@@ -266,13 +260,12 @@ def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 def answer_endings(f: Figures) -> str:
     by_ending = [
-        f"{ending} {show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])}, keeps "
-        f"{show(f[f'{ending}, current_query, kept'], '.0f', '%')}"
+        f"{ending} {show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])}"
         for ending in ENDINGS
     ]
     return (
-        "KL of `current_query`, divided by that of `per_sample` at the same share (below 1 the current "
-        f"query's size helps), by ending: {'; '.join(by_ending)}."
+        "The KL of the paper's rule, divided by that of ours at the same share, depends on the prompt's end: "
+        f"{', '.join(by_ending)}."
     )
 
 
@@ -306,15 +299,12 @@ def cap(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_cap(f: Figures) -> str:
-    sentences, most = [], f"{CAPS[0]:.0%}"
-    for rule in RULES:
+    most, sentences = f"{CAPS[0]:.0%}", []
+    for rule, name in zip(RULES, NAMED, strict=True):
         kl = f[f"{rule}, {most}, kl"]
-        times = ", ".join(f"{name}'s {show_ratio(kl, f[f'{name}, {most}, kl'])}" for name in RIVALS)
-        sentences.append(
-            f"`{rule}`, capped at {most}: its KL is {show_ratio(kl, f[f'{rule}, own, kl'])} times what it is "
-            f"uncapped (at {show(f[f'{rule}, own, kept'], '.0f', '%')}), in times of others': {times}"
-        )
-    return ". ".join(sentences) + "."
+        own, h2o = show_ratio(kl, f[f"{rule}, own, kl"]), show_ratio(kl, f[f"h2o, {most}, kl"])
+        sentences.append(f"the KL of {name} is {own} times what it is without a cap, and {h2o} times H2O's")
+    return f"At {most} of the keys, {'. There, '.join(sentences)}."
 
 
 # 6. Could one pool of samples serve every prompt?
@@ -360,18 +350,11 @@ def pool(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_pool(f: Figures) -> str:
-    sentences = []
-    for rule in RULES:
-        times = show_ratio(f[f"{rule}, all others, kl"], f[f"{rule}, own, kl"])
-        kept, own = (show(f[f"{rule}, {of}, kept"], ".0f", "%") for of in ("all others", "own"))
-        sentences.append(
-            f"`{rule}` with the Gaussian of 11 other texts: KL {times} times that with its own, share "
-            f"kept {kept} in place of {own}"
-        )
+    ours, paper = (show_ratio(f[f"{rule}, all others, kl"], f[f"{rule}, own, kl"]) for rule in RULES)
     saved = show(f["time of the samples"], ".0f", "%")
     return (
-        ". ".join(sentences)
-        + f". To fit and to sample is {saved} of GVote's time: a pool saves at most that."
+        f"With samples made from 11 other texts, the KL of our rule is {ours} times as high, and that of the "
+        f"paper's {paper} times. At most {saved} of GVote's time is saved."
     )
 
 
@@ -446,20 +429,12 @@ def later(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 
 def answer_later(f: Figures) -> str:
-    sentences = [
-        f"`{rule}`: KL in the first 32 of 256 tokens {show(f[f'{rule}, first 32'])}, in the last 32 "
-        f"{show(f[f'{rule}, last 32'])}; in a chat's first answer {show(f[f'{rule}, general, first, kl'])}, "
-        f"in its second {show(f[f'{rule}, general, second, kl'])}, text by text "
-        f"{show_ratio(f[f'{rule}, general, second, kl'], f[f'{rule}, general, first, kl'])} times the first's"
-        for rule in RULES
-    ]
-    found = [
-        f"{who} {count(f[f'{who}, number, first, exact'])} and {count(f[f'{who}, number, second, exact'])}"
-        for who in ("full cache", *RULES)
-    ]
+    ours, paper = (show_ratio(f[f"{rule}, last 32"], f[f"{rule}, first 32"]) for rule in RULES)
+    full, *found = (count(f[f"{who}, number, second, exact"]) for who in ("full cache", *RULES))
     return (
-        ". ".join(sentences)
-        + f". A number hidden in the text, told in turn 1 and in turn 2: {'; '.join(found)}."
+        f"From the first to the last 32 of 256 tokens the KL changes by a factor of {ours} with our rule, "
+        f"and of {paper} with the paper's. Asked for a hidden number in a second turn, the full cache tells "
+        f"{full}, our rule {found[0]}, and the paper's {found[1]}."
     )
 
 
@@ -505,14 +480,14 @@ def safe(model: Llama, tokenizer, n: int = 40) -> Figures:
 
 def answer_safe(f: Figures) -> str:
     sentences = []
-    for rule in RULES:
+    for rule, name in zip(RULES, NAMED, strict=True):
         by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
         most, next_most, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
         sentences.append(
-            f"`{rule}` keeps up to {by_kind[most]:.0f}% ({most}); of the other kinds, up to "
-            f"{by_kind[next_most]:.0f}% ({next_most}); of prose, up to {by_kind['prose']:.0f}%"
+            f"{name} keeps up to {by_kind[most]:.0f}% ({most}), and of other kinds up to "
+            f"{by_kind[next_most]:.0f}% ({next_most})"
         )
-    return ". ".join(sentences) + "."
+    return f"{'; '.join(sentences).capitalize()}."
 
 
 # The results, and sentences made of them
