@@ -20,9 +20,9 @@ from torch import Tensor
 
 import baselines
 from generate import checkpoint_folder, generate, stop_tokens
-from gvote import attention, fit_gaussian, layer_generator
+from gvote import attention, fit_gaussian, layer_generator, sample_queries
 from model import KVCache, Llama
-from stats import bootstrap, log_ratio
+from stats import bootstrap, ratio
 from tasks import Task, code, continuation, entry, keep_share, needle, prose, recall
 
 # ---- Who votes
@@ -34,19 +34,14 @@ def vote(task: Task, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
     return attention(attn.queries(hidden, positions), keys)
 
 
-def noise(task: Task, layer: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=layer_generator(task.layers[layer][0], task.seed))
-
-
 def following(task: Task, n: int) -> Tensor:
     """GVote's positions: the next one, the one after it, and so on."""
     return task.n_prompt + torch.arange(n)
 
 
 def samples_256(task: Task, layer: int, n: int = 256) -> Tensor:
-    mean, std = fit_gaussian(task.layers[layer][1])
-    hidden = mean[:, None] + std[:, None] * noise(task, layer, n, mean.size(-1))
-    return vote(task, layer, hidden, following(task, n))
+    attn, hidden, keys, _ = task.layers[layer]
+    return attention(sample_queries(attn, *fit_gaussian(hidden), n, task.n_prompt, task.seed), keys)
 
 
 def samples_8(task: Task, layer: int) -> Tensor:
@@ -55,9 +50,11 @@ def samples_8(task: Task, layer: int) -> Tensor:
 
 def correlated_256(task: Task, layer: int) -> Tensor:
     """Random mixtures of the prompt's own deviations from their mean have just its covariance."""
-    hidden = task.layers[layer][1]
+    attn, hidden, _, _ = task.layers[layer]
     mean = hidden.mean(dim=1, keepdim=True)
-    mix = noise(task, layer, 256, task.n_prompt) / math.sqrt(task.n_prompt)
+    mix = torch.randn(256, task.n_prompt, generator=layer_generator(attn, task.seed)) / math.sqrt(
+        task.n_prompt
+    )
     return vote(task, layer, mean + mix @ (hidden - mean), following(task, 256))
 
 
@@ -142,26 +139,28 @@ def neighbours(votes: Tensor) -> Tensor:
 
 Rung = tuple[Callable, Callable]  # voters, count
 PEAK_VOTES = "one bar: PeakVotes"
-LADDER: dict[str, Rung] = {  # each changes one thing in the one before it
-    "GVote": (samples_8, union),
-    "256 samples": (samples_256, union),
-    "full covariance": (correlated_256, union),
-    "real hidden states": (real_256, union),
-    "all at the next position": (real_next, union),
-    "every token": (every_token, union),
-    "strongest vote": (every_token, strongest),
-    "one nucleus a layer": (every_token, layer_nucleus),
-    PEAK_VOTES: (every_token, bar),
-    # what no policy can have: compared with PeakVotes
-    "second reading (KVzip)": (second_reading, bar),
-    "true future: oracle": (future, bar),
-    "oracle, GVote's union": (future, union),
-    "8 of the true future": (future_8, union),
+CHANGED: dict[str, dict[str, Rung]] = {  # each rung changes one thing in the one before it
+    "other voters": {
+        "256 samples": (samples_256, union),
+        "full covariance": (correlated_256, union),
+        "real hidden states": (real_256, union),
+        "all at the next position": (real_next, union),
+        "every token": (every_token, union),
+    },
+    "another count": {
+        "strongest vote": (every_token, strongest),
+        "one nucleus a layer": (every_token, layer_nucleus),
+        PEAK_VOTES: (every_token, bar),
+    },
+    "voters that no policy can have": {  # compared with PeakVotes
+        "second reading (KVzip)": (second_reading, bar),
+        "true future: oracle": (future, bar),
+        "oracle, GVote's union": (future, union),
+        "8 of the true future": (future_8, union),
+    },
 }
-CHANGED = {  # by the rungs before PeakVotes, by those up to it, and by those above it
-    "other voters": list(LADDER)[1:6], "another count": list(LADDER)[6:9],
-    "voters that no policy can have": list(LADDER)[9:],
-}  # fmt: skip
+LADDER: dict[str, Rung] = {"GVote": (samples_8, union)}
+LADDER |= {name: rung for rungs in CHANGED.values() for name, rung in rungs.items()}
 ASIDE: dict[str, Rung] = {  # tried on top of PeakVotes, and compared with it
     "every 4th token votes": (every_4th, bar),
     "newest 32 vote again": (every_and_newest, bar),
@@ -201,20 +200,19 @@ def intervals(rows: dict[str, list[dict]]) -> dict[str, tuple[float, float, floa
 
 def factor(rows: list[dict], before: list[dict]) -> str:
     """By what the KL is multiplied, task by task: the geometric mean, and its 95% interval."""
-    log = log_ratio([row["kl"] for row in rows], [row["kl"] for row in before])
-    mean, low, high = (f"{x:.2f}" if (x := math.exp(y)) < 10 else f"{x:.0f}" for y in bootstrap(log))
-    return f"{mean} ({low}-{high})"
+    found = ratio([row["kl"] for row in rows], [row["kl"] for row in before])
+    return "{} ({}-{})".format(*(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in found))
 
 
 def table(found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung]) -> list[list[str]]:
     """A line for each of these rungs; found: text, needles and padlock -> what `climb` found. Factors compare
     with the rung before; above PeakVotes, and for what is not on the ladder, with PeakVotes."""
     rows = [["25% of the keys", "text, times", "needles, times", "solved", "padlock", "cost"]]
-    names, top = list(LADDER), list(LADDER).index(PEAK_VOTES)
+    below = [name for name in LADDER if name not in CHANGED["voters that no policy can have"]]
     for name, (voters, _) in rungs.items():
         text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
-        before = names[names.index(name) - 1] if name in names[1 : top + 1] else PEAK_VOTES
-        first = name == names[0]
+        before = below[below.index(name) - 1] if name in below else PEAK_VOTES
+        first = name == below[0]
         rows.append(
             [name] + ["" if first else factor(found[k][name], found[k][before]) for k in ("text", "needles")]
         )
@@ -302,11 +300,6 @@ def given_back(tasks: list[Task], rows: list[dict], heads: Sequence[int]) -> tup
         task.test([give_back(task, row["masks"], heads)])[0] for task, row in zip(tasks, rows, strict=True)
     ]
     return sum(row["kl"] for row in tested) / len(tested), sum(row["exact"] for row in tested)
-
-
-def held_by(tasks: list[Task], rows: list[dict]) -> Tensor:
-    """`held`, of what `climb` found, in the mean of the tasks."""
-    return torch.stack([held(task, row["masks"]) for task, row in zip(tasks, rows, strict=True)]).mean(dim=0)
 
 
 def votes_for_digits(task: Task, head: int, voters: Callable = every_token) -> tuple[Tensor, Tensor]:

@@ -246,7 +246,7 @@ def which_keys_get_votes(words: list[str], probs: Tensor, panels: dict[str, Tens
     names = ["first vote for this key", "another vote", "kept"]
     figure.legend(handles, names, ncols=3, loc="outside lower center", fontsize=12)
     figure.suptitle("numbers: attention (%); colour: votes", fontsize=12)
-    return figure
+    plt.show()
 
 
 def how_many_votes(sizes: Tensor, current: Tensor, n: int):
@@ -310,7 +310,7 @@ def what_all_heads_keep(panels: dict[str, Tensor]):
         axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000], yticks=[0, 10, 20, 30])
     axes[0].set_ylabel("layer (three heads each)")
     figure.colorbar(image, ax=axes, ticks=[0, 50, 100], label="keys kept (%)")
-    return figure
+    plt.show()
 
 
 def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], even: float):
@@ -559,7 +559,7 @@ def loss_by_share(panels: dict[str, tuple[dict, dict]], what: str):
     ends = [(line[-1][1], method, colors[method]) for method, line in lines.items()]
     star = points["GVote, paper's rule"][1]
     name_lines(axes[0, -1], [*ends, (star * 1.5, "paper's rule", SKY)], gap=0.1)
-    return figure
+    plt.show()
 
 
 def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):
@@ -586,9 +586,9 @@ def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):
 # Notebook 5: who votes
 
 
-def which_rung_helps(panels: dict[str, dict[str, tuple]], changed: dict[str, list[str]]):
+def which_rung_helps(panels: dict[str, dict[str, tuple]], changed: dict[str, dict]):
     """Which change brings GVote closer to the full cache? panels: title -> name of each rung -> mean KL and
-    its 95% interval; changed: what was changed -> names of the rungs where it was."""
+    its 95% interval; changed: what was changed -> the rungs, by name, where it was."""
     colors = dict(zip(changed, (BLUE, ORANGE, GREY), strict=True))
     color = {rung: colors[what] for what, rungs in changed.items() for rung in rungs}
     figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 6), sharey=True)

@@ -11,7 +11,6 @@ them can be compared text by text. `table` makes sentences of what the file of r
 import importlib
 import inspect
 import json
-import math
 import platform
 import random
 import re
@@ -36,7 +35,7 @@ from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
 from plots import record
 from speed import device_name
-from stats import bootstrap, log_ratio, wilson
+from stats import bootstrap, ratio, wilson
 from tasks import NAMES, THINGS, Task, continuation, entry, keep_share
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
@@ -501,7 +500,7 @@ def show(values: list[float], spec: str = ".3f", unit: str = "") -> str:
 def show_ratio(values: list[float], others: list[float]) -> str:
     """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a
     text's figures have in common drops out."""
-    return "{:.2f} ({:.2f}–{:.2f})".format(*map(math.exp, bootstrap(log_ratio(values, others))))
+    return "{:.2f} ({:.2f}–{:.2f})".format(*ratio(values, others))
 
 
 def count(right: list[float]) -> str:
@@ -585,14 +584,11 @@ def by_name(number: int, columns: Iterable[str], rows: dict[str, str | tuple[str
 def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
     """From the results of lengths.py: rule -> tokens -> share kept (%) of 12 pages with a needle: mean and
     95% interval."""
-    found = json.loads(RESULTS.with_name("lengths.json").read_text("utf-8"))["results"]
-    names = zip(RULES, ("GVote", "GVote, paper's rule"), strict=True)
+    from tables import LENGTHS, rows  # reads that file
+
     return {
-        rule: {
-            int(length): bootstrap([100 * share for share, *_ in kinds["needle"][name]["own"]])
-            for length, kinds in found.items()
-        }
-        for rule, name in names
+        rule: {n: bootstrap([100 * share for share, *_ in rows(name, "own", n, "needle")]) for n in LENGTHS}
+        for rule, name in zip(RULES, ("GVote", "GVote, paper's rule"), strict=True)
     }
 
 

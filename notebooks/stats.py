@@ -25,3 +25,9 @@ def bootstrap(values: Sequence[float], n_draws: int = 10_000) -> tuple[float, fl
 def log_ratio(ours: Sequence[float], theirs: Sequence[float], least: float = 1e-5) -> list[float]:
     """log(ours / theirs), pair by pair. KLs below `least` are rounding errors, and count as that."""
     return [math.log(max(a, least) / max(b, least)) for a, b in zip(ours, theirs, strict=True)]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """By what are theirs multiplied, pair by pair? The geometric mean, and its 95% interval."""
+    mean, low, high = map(math.exp, bootstrap(log_ratio(ours, theirs)))
+    return mean, low, high

@@ -1,13 +1,12 @@
 """The tables of notebook 4: what it reads off results/lengths.json, and what it measures itself."""
 
 import json
-from math import exp
 from statistics import fmean, median
 
+import stats
 from baselines import METHODS, for_prompt
 from generate import make_policy
 from lengths import KINDS, LENGTHS, RESULTS, RIVALS, SHARES, compress, make_task, measure
-from stats import bootstrap, log_ratio, wilson
 
 DATA = json.loads(RESULTS.read_text())
 OURS = ["GVote", "GVote, paper's rule", "PeakVotes"]  # set their budget themselves
@@ -29,7 +28,7 @@ def mean_kl(*of) -> float:
 def found(prompts: list, interval: bool = True) -> str:
     """How many numbers were found, and the 95% interval of the share."""
     right = [exact for *_, exact in prompts]
-    low, high = wilson(fmean(right), len(right))
+    low, high = stats.wilson(fmean(right), len(right))
     return f"{sum(right):.0f} of {len(right)}" + interval * f" ({100 * low:.0f}-{high:.0%})"
 
 
@@ -88,14 +87,14 @@ def ratio(
     """By what is a KL multiplied if this method takes the place of the reference? Prompt by prompt: the
     geometric mean, and its 95% interval."""
     kls, others = ([kl for _, kl, _ in rows(m, at, length, *kinds)] for m in (method, reference))
-    return tuple(exp(x) for x in bootstrap(log_ratio(kls, others)))
+    return stats.ratio(kls, others)
+
+
+def ratio_text(*of, **at) -> str:
+    return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in ratio(*of, **at)))
 
 
 def cost(method: str, length: int) -> float:
     """The time for choosing the keys, as a share of the time for reading the prompt: medians of the texts."""
     seconds = DATA["seconds"][str(length)]
     return median(seconds[method]) / median(seconds["prefill"])
-
-
-def ratio_text(*of, **at) -> str:
-    return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in ratio(*of, **at)))
