@@ -21,7 +21,7 @@ import torch
 import generate
 from gvote import GVote, PeakVotes, attention, current_query_mask, fit_gaussian, sample_queries, top_p_mask
 from model import PAGE, Llama
-from plots import look_up, place, record
+from plots import heads_that_read, place, record
 from tasks import entry
 
 TOP_P = [i / 100 for i in range(1, 101)]  # the settings on offer, in the order in which more is kept
@@ -77,7 +77,8 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate
         "model": name, "options": options, "config": vars(model.config), "new_tokens": NEW_TOKENS,
         "top_p": TOP_P, "bar": BARS, "n_samples": N_SAMPLES, "defaults": DEFAULTS, "words": words,
         "note": note, "digits": digits, "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
-        "lookers": look_up(model, ids, answers[0], digits), "arrays": base64.b64encode(packed).decode(),
+        "readers": heads_that_read(model, ids, answers[0], digits),
+        "arrays": base64.b64encode(packed).decode(),
         "telling": [{"head": i, "own": own} for i, (own, *_) in telling.items()], "page": PAGE,
     }  # fmt: skip
     page = Path(__file__).with_name("explore.template.html").read_text("utf-8")

@@ -15,7 +15,6 @@ from statistics import median
 from time import process_time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import baselines
@@ -80,13 +79,6 @@ def every_4th(task: Task, layer: int) -> Tensor:
     return every_token(task, layer, step=4)
 
 
-def every_and_newest(task: Task, layer: int) -> Tensor:
-    """Every token at the next position, and the newest 32 once more, where they are."""
-    newest = task.layers[layer][1][:, -32:]
-    where_they_are = torch.arange(task.n_prompt - 32, task.n_prompt)
-    return torch.cat((every_token(task, layer), vote(task, layer, newest, where_they_are)), dim=2)
-
-
 def second_reading(task: Task, layer: int) -> Tensor:
     """KVzip's: the prompt's tokens, read once more. Only the strongest vote for each key is there."""
     if not hasattr(task, "second"):
@@ -130,11 +122,6 @@ def bar(votes: Tensor) -> Tensor:
     return 1 - votes.amax(dim=2)
 
 
-def neighbours(votes: Tensor) -> Tensor:
-    """As `bar`, with the strongest votes averaged over five neighbouring keys, as SnapKV does."""
-    return 1 - F.avg_pool1d(votes.amax(dim=2), 5, stride=1, padding=2, count_include_pad=False)
-
-
 # ---- The ladder
 
 Rung = tuple[Callable, Callable]  # voters, count
@@ -152,20 +139,18 @@ CHANGED: dict[str, dict[str, Rung]] = {  # each rung changes one thing in the on
         "one nucleus a layer": (every_token, layer_nucleus),
         PEAK_VOTES: (every_token, bar),
     },
-    "voters that no policy can have": {  # compared with PeakVotes
+    "voters out of reach": {  # compared with PeakVotes
         "second reading (KVzip)": (second_reading, bar),
         "true future: oracle": (future, bar),
         "oracle, GVote's union": (future, union),
         "8 of the true future": (future_8, union),
     },
 }
-LADDER: dict[str, Rung] = {"GVote": (samples_8, union)}
-LADDER |= {name: rung for rungs in CHANGED.values() for name, rung in rungs.items()}
-ASIDE: dict[str, Rung] = {  # tried on top of PeakVotes, and compared with it
-    "every 4th token votes": (every_4th, bar),
-    "newest 32 vote again": (every_and_newest, bar),
-    "neighbours averaged": (every_token, neighbours),
-}
+OUT_OF_REACH = CHANGED["voters out of reach"]
+POLICIES: dict[str, Rung] = {"GVote": (samples_8, union)}
+POLICIES |= CHANGED["other voters"] | CHANGED["another count"]
+LADDER = POLICIES | OUT_OF_REACH
+BESIDE: dict[str, Rung] = OUT_OF_REACH | {"every 4th token votes": (every_4th, bar)}  # beside PeakVotes
 
 
 def kept_by(task: Task, rung: Rung, share: float = 0.25) -> list[Tensor]:
@@ -204,21 +189,24 @@ def factor(rows: list[dict], before: list[dict]) -> str:
     return "{} ({}-{})".format(*(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in found))
 
 
-def table(found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung]) -> list[list[str]]:
+def table(
+    found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung], against: str = ""
+) -> list[list[str]]:
     """A line for each of these rungs; found: text, needles and padlock -> what `climb` found. Factors compare
-    with the rung before; above PeakVotes, and for what is not on the ladder, with PeakVotes."""
-    rows = [["25% of the keys", "text, times", "needles, times", "solved", "padlock", "cost"]]
-    below = [name for name in LADDER if name not in CHANGED["voters that no policy can have"]]
+    with one rung, or, if none is given, with the one before."""
+    rows, before = (
+        [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]],
+        against,
+    )
     for name, (voters, _) in rungs.items():
         text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
-        before = below[below.index(name) - 1] if name in below else PEAK_VOTES
-        first = name == below[0]
-        rows.append(
-            [name] + ["" if first else factor(found[k][name], found[k][before]) for k in ("text", "needles")]
-        )
-        rows[-1] += [f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"]
-        rows[-1] += ["right" if padlock["exact"] else "wrong"]
-        rows[-1] += ["-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"]
+        factors = [
+            factor(found[kind][name], found[kind][before]) if before else "" for kind in ("text", "needles")
+        ]
+        solved = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
+        cost = "-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"
+        rows.append([name, *factors, solved, "right" if padlock["exact"] else "wrong", cost])
+        before = against or name
     return rows
 
 
@@ -277,13 +265,6 @@ def asked(task: Task) -> Tensor:
     """The largest share of its attention to the prompt that a token after it pays to the digits, by head."""
     at = digits_at(task)
     return torch.cat([true[0, :, :, at].sum(dim=-1).amax(dim=1) for true in task.attention])
-
-
-def held(task: Task, masks: list[Tensor]) -> Tensor:
-    """Of the attention that tokens after the prompt pay to the digits, the share on kept keys, by head."""
-    at = digits_at(task)
-    paid = torch.cat([true[0, :, :, at].sum(dim=1) for true in task.attention])  # (heads, digits)
-    return (paid * torch.cat(masks, dim=1)[0][:, at]).sum(dim=-1) / paid.sum(dim=-1)
 
 
 def give_back(task: Task, masks: list[Tensor], heads: Sequence[int]) -> list[Tensor]:

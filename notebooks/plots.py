@@ -77,7 +77,7 @@ def place(words: list[str], passage: str) -> range:
     return range(bisect_right(ends, start), bisect_left(ends, start + len(passage)) + 1 if start >= 0 else 0)
 
 
-def look_up(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
+def heads_that_read(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
     """The heads, numbered through all layers, in which a token of the answer pays more than half of its
     attention to the prompt (1, T) to the keys at these positions."""
     n_tokens, paid = prompt.size(1), []
@@ -97,7 +97,9 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     passage = [*range(10), *range(marked[0] - 50, marked[-1] + 46), *range(len(words) - 31, len(words) - 6)]
     digits = {i for i in marked if words[i].isdigit()}
     (_, answer), *_ = panels.values()
-    lookers = [divmod(i, model.config.n_kv_head) for i in look_up(model, prompt, answer, sorted(digits))]
+    readers = [
+        divmod(i, model.config.n_kv_head) for i in heads_that_read(model, prompt, answer, sorted(digits))
+    ]
 
     shades = LinearSegmentedColormap.from_list(
         "kept", ["white", "#5b9bd5"]
@@ -145,7 +147,7 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
                 for edge in edges:
                     axis.plot(*edge, color=RED, linewidth=2.5)
             x += len(word)
-        found = [digits <= set(cache.kept_positions(*head).tolist()) for head in lookers]
+        found = [digits <= set(cache.kept_positions(*head).tolist()) for head in readers]
         text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
         right = (
             all(words[i].strip() in text for i in digits)
@@ -314,42 +316,36 @@ def what_all_heads_keep(panels: dict[str, Tensor]):
 
 
 def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], even: float):
-    """Do the samples ask for what the answer looks up? heads: (layer, head) of some. paid: in all heads,
-    the attention to it of the answer's best query, and of the samples (G * S,). even: an even share."""
+    """Do the samples ask for what the answer reads? heads: (layer, head) of some. paid: in all heads, the
+    attention to it of the answer's best query, and of the samples (G * S,). even: an even share."""
     figure, axis = plt.subplots(figsize=(9.2, 3.8))
     x = range(len(heads))
     for (name, each), color, marker in zip(paid.items(), (RED, SKY), "Do", strict=True):
         shares = torch.stack(each).unflatten(0, (-1, 3))[tuple(zip(*heads, strict=True))].view(len(heads), -1)
-        axis.plot(x, 100 * shares, marker, color=color, markersize=7 if color == RED else 4)
+        axis.plot(x, 100 * shares.clamp(min=1e-7), marker, color=color, markersize=7 if color == RED else 4)
         print(f"attention to the code, {name}: {shares.min():.2%} to {shares.max():.2%}")
     print(f"attention to the code, spread evenly: {even:.2%}")
     axis.axhline(100 * even, color=BLACK, linewidth=1, linestyle="--")
     axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=11)
-    axis.set(xlabel="heads that look the code up (layer.head)", ylabel="attention paid\nto the code (%)")
-    axis.set(yscale="log", ylim=(1e-5, 300))
-    axis.set_yticks([1e-4, 1e-2, 1, 100], ["0.0001", "0.01", "1", "100"])
+    axis.set(xlabel="heads that read the code (layer.head)", ylabel="attention paid\nto the code (%)")
+    axis.set(yscale="log", ylim=(5e-6, 300))
+    axis.set_yticks([1e-5, 1e-3, 0.1, 10, 100], ["0.00001\nor less", "0.001", "0.1", "10", "100"])
     ends = [(70, "the answer's\nbest query", RED), (100 * even, "spread evenly", BLACK)]
-    name_lines(axis, [*ends, (1e-3, "24 samples", BLUE)], gap=0.13)
+    name_lines(axis, [*ends, (1e-3, "24 samples\nin each head", BLUE)], gap=0.13)
     plt.show()
 
 
 def distance_by_layer(figures: dict[str, list[float]]):
-    """How far from a Gaussian are the states that a layer reads? figures: of question 1 in questions.py."""
+    """How far from a Gaussian are the states that GVote fits? figures: of question 1 in questions.py."""
     figure, axis = plt.subplots()
-    lines = {
-        "before, all": ("before the norm", ORANGE, "-"),
-        "before, rest": ("before, without\nthe first 4 tokens", ORANGE, ":"),
-        "after, all": ("after the norm", BLUE, "-"),
-    }
-    for name, (_, color, style) in lines.items():
-        axis.plot(figures[f"{name}, by layer"], style, color=color, linewidth=2)
-    for name, color in (("a Gaussian", BLACK), ("a Laplace", GREY)):
-        axis.axhline(figures[name][0], color=color, linewidth=1)
-    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.2))
-    ends = [(figures[f"{name}, by layer"][-1], text, color) for name, (text, color, _) in lines.items()]
-    ends += [(figures["a Gaussian"][0], "a Gaussian", BLACK)]
-    ends += [(figures["a Laplace"][0], "a Laplace\ndistribution", GREY)]
-    name_lines(axis, ends, gap=0.15)
+    by_layer, ends = figures["after, rest, by layer"], []
+    axis.plot(by_layer, color=BLUE, linewidth=2)
+    for name, color in (("Gaussian", BLACK), ("Laplace", GREY)):
+        height = figures[f"a {name}"][0]
+        axis.axhline(height, color=color, linewidth=1)
+        ends.append((height, f"random numbers,\n{name}", color))
+    axis.set(xlabel="layer", ylabel="distance from a\nGaussian (std)", ylim=(0, 0.17))
+    name_lines(axis, [*ends, (by_layer[-1], "the hidden states", BLUE)], gap=0.15)
     plt.show()
 
 
@@ -368,7 +364,7 @@ def how_even_is_attention(curves: dict[str, Tensor], top_p: float):
         axis.plot(share, curve, color=color, linewidth=2.5, label=name)
     axis.plot([0, 100], [0, 100], ":", color=BLACK, label="all keys get the same")
     axis.axhline(100 * top_p, color=GREY, linewidth=1, label=f"{top_p:.0%}, as in a nucleus")
-    axis.set(xlabel="keys, best first (% of the prompt)", ylabel="their attention (%)")
+    axis.set(xlabel="keys, best first (% of the prompt)", ylabel="their attention, added up (%)")
     axis.set(xlim=(0, 100), ylim=(0, 101))
     figure.legend(loc="outside right center", fontsize=12)
     plt.show()
@@ -412,20 +408,16 @@ def what_do_the_settings_do(panels: dict[str, tuple[list, dict[str, list[list[fl
     plt.show()
 
 
-def do_longer_prompts_keep_less(lengths: list[int], lines: dict[str, list[float]], pages: dict[str, dict]):
-    """Does a longer prompt keep a smaller share? lines: rule -> share kept (%) at these lengths of one
-    prompt. pages: rule -> length -> mean of other prompts, and its interval."""
-    figure, axis = plt.subplots(figsize=(8, 3.6))
+def do_longer_prompts_keep_less(pages: dict[str, dict]):
+    """Does a longer prompt keep a smaller share? pages: rule -> tokens -> mean share kept (%) of some
+    prompts, and its interval."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
     for rule, color in RULE_COLORS.items():
-        axis.plot(lengths, lines[rule], "-", color=color, label=f"running example, {rule}")
-        for length, (mean, low, high) in pages[rule].items():
-            axis.plot([length, length], [low, high], color=color, linewidth=2)
-            axis.plot(length, mean, "s", color=color, markersize=7)
-    axis.plot([], [], "s", color=GREY, label="12 other pages, 95% interval")
-    ticks = [64, 128, 256, 512, 1024, 2048, 4096]
-    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 100), xscale="log")
-    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axis.minorticks_off()
+        mean, low, high = zip(*pages[rule].values(), strict=True)
+        axis.vlines(list(pages[rule]), low, high, color=color, linewidth=2)
+        axis.plot(list(pages[rule]), mean, "o:", color=color, linewidth=1, markersize=4, label=rule)
+    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 80), xlim=(0, 4500))
+    axis.set_xticks(list(pages[rule]), [f"{n:,}" for n in pages[rule]])
     axis.legend(loc="upper right")
     plt.show()
 
@@ -440,7 +432,8 @@ def where_do_rows_go(cache: KVCache, layer: int):
     figure, (dense, rows) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(56, 38))
     for head, color in enumerate((BLUE, ORANGE, GREEN)):
         kept = cache.kept_positions(layer, head).tolist()
-        dense.scatter(range(n_tokens), [head] * n_tokens, s=19, marker="s", color=GREY, alpha=0.25)
+        dropped = {"marker": "s", "color": GREY, "alpha": 0.25, "label": "a dropped key"}
+        dense.scatter(range(n_tokens), [head] * n_tokens, s=19, **dropped)
         dense.scatter(kept, [head] * len(kept), s=19, marker="s", color=color)
         first = table.first_row[head]
         new, rest = first + len(kept), first + len(kept) + table.reserved
@@ -455,10 +448,10 @@ def where_do_rows_go(cache: KVCache, layer: int):
     dense.set(xlabel="position in the prompt", ylabel="head", yticks=range(3), ylim=(2.7, -0.7))
     dense.set_title(f"of {n_tokens} keys the heads keep {', '.join(map(str, table.kept))}", fontsize=13)
     rows.set(xlabel="row in the page", ylabel="page", yticks=range(table.keys.size(0)))
-    rows.set_title("the layer's table", fontsize=13)
+    rows.set_title("the layer's table, one colour per head", fontsize=13)
     rows.invert_yaxis()
-    handles, labels = rows.get_legend_handles_labels()
-    figure.legend(handles[:3], labels[:3], ncols=3, loc="outside lower center", fontsize=12)
+    handles = dense.get_legend_handles_labels()[0][:1] + rows.get_legend_handles_labels()[0][:3]
+    figure.legend(handles=handles, ncols=4, loc="outside lower center", fontsize=12)
     plt.show()
 
 
@@ -516,18 +509,17 @@ def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth
     print_table(table)
 
 
-def which_pages_are_read(table: Table, used: list[int], new: int) -> str:
-    """Which pages does the kernel read for new token number `new`? One line per page. used: by head, how many
-    of its pages are read."""
-    lines = ["         page  k: a kept key   n: a new token's key   .: hidden from the new token"]
+def which_pages_are_read(table: Table, new: int):
+    """Which pages does the kernel read for new token number `new`? Prints one line per page."""
+    used = (table.first_new + new) // PAGE - table.first_page + 1  # by head: how many of its pages are read
+    print("         page  k: a kept key   n: a new token's key   .: hidden from the new token")
     first_pages = [*table.first_page.tolist(), table.keys.size(0)]
     for head, first_new in enumerate(table.first_new.tolist()):
         for i, page in enumerate(range(*first_pages[head : head + 2])):
             rows = range(PAGE * page, PAGE * (page + 1))
             marks = "".join("k" if r < first_new else "n" if r <= first_new + new else "." for r in rows)
             name = f"head {head}" if i == 0 else ""
-            lines.append(f"{name:8} {page:4}  {marks}  {'read' if i < used[head] else 'not read'}")
-    return "\n".join(lines)
+            print(f"{name:8} {page:4}  {marks}  {'read' if i < used[head] else 'not read'}")
 
 
 # Notebook 4: does it pay?
@@ -558,6 +550,8 @@ def loss_by_share(panels: dict[str, tuple[dict, dict]], what: str):
     axes[0, 0].set_ylabel(f"KL on {what}\n(nats per token)")
     ends = [(line[-1][1], method, colors[method]) for method, line in lines.items()]
     star = points["GVote, paper's rule"][1]
+    axes[0, 0].plot([], [], "*", color="white", markersize=15, markeredgecolor=BLACK, label="its own setting")
+    figure.legend(loc="outside upper left", fontsize=12)
     name_lines(axes[0, -1], [*ends, (star * 1.5, "paper's rule", SKY)], gap=0.1)
     plt.show()
 
@@ -631,23 +625,8 @@ def who_asks_for_the_code(heads: dict[str, dict[str, Tensor]], words: list[str],
         axis.set_yticks(range(len(voters)), voters, fontsize=12)
         for edge in (digits[0] - 0.5, digits[-1] + 0.5):
             axis.axvline(edge, color=ORANGE, linewidth=2)
-    axes[-1].set_xticks(range(len(words)), [word.replace("\n", "\\n") for word in words], rotation=90)
+    axes[-1].set_xticks(
+        range(len(words)), [word.replace("\n", "\\n").strip(" ") or "␣" for word in words], rotation=90
+    )
     figure.colorbar(image, ax=axes, label="strongest vote (% of a query's attention)")
-    plt.show()
-
-
-def do_the_votes_reach_the_bar(panels: dict[str, tuple[dict, dict]], heads: list[str]):
-    """Do the votes for a needle's digits reach the bar? panels: title -> (name of the voters -> votes (heads,
-    digits), name of a bar -> its height)."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4.2), sharey=True)
-    for axis, (title, (voters, bars)) in zip(axes, panels.items(), strict=True):
-        for shift, color, (name, votes) in zip((-0.17, 0.17), (RED, SKY), voters.items(), strict=True):
-            x = (torch.arange(len(heads))[:, None] + shift).expand_as(votes)
-            axis.plot(x.flatten(), 100 * votes.flatten(), "o", color=color, markersize=4, label=name)
-        for style, (name, height) in zip(("--", "-"), bars.items(), strict=True):
-            axis.axhline(100 * height, color=BLACK, linewidth=1, linestyle=style, label=name)
-        axis.set(title=title, yscale="log", xlabel="head (layer.KV head)")
-        axis.set_xticks(range(len(heads)), heads, fontsize=11)
-    axes[0].set_ylabel("strongest vote for a digit (%)")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, fontsize=12, loc="outside upper center")
     plt.show()

@@ -41,7 +41,7 @@ from tasks import NAMES, THINGS, Task, continuation, entry, keep_share
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
 RULES = ("per_sample", "current_query")  # this repo's default, and the paper's
-NAMED = ("our rule", "the paper's rule")
+NAMED = ("the default rule", "the paper's rule")
 Figures = dict[str, list]  # by name, one value per text
 PAGES = "typesseq typesmapping debugger strings comparisons execmodel".split()
 MORE_PAGES = "assignment try calls sequence-types numeric-types function".split()
@@ -139,9 +139,9 @@ def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 def answer_gaussian(f: Figures) -> str:
     return (
-        f"The values that GVote fits, sorted, are off a Gaussian's by {show(f['after, rest'])} standard "
-        f"deviations. A sample from a Gaussian is off by {f['a Gaussian'][0]:.3f}, one from a Laplace "
-        f"distribution by {f['a Laplace'][0]:.3f}."
+        f"The distance of the hidden states from a Gaussian is {show(f['after, rest'])} standard deviations. "
+        f"Random numbers that were drawn from a Gaussian have a distance of {f['a Gaussian'][0]:.3f}, and "
+        f"those drawn from a Laplace distribution {f['a Laplace'][0]:.3f}."
     )
 
 
@@ -223,11 +223,12 @@ def seeds(model: Llama, tokenizer, n: int = 12, n_seeds: int = 20) -> Figures:
 def answer_seeds(f: Figures) -> str:
     ours, paper = (show(f[f"{rule}, kept, range"], ".1f") for rule in RULES)
     return (
-        f"Over 20 seeds the kept share moves by {ours} points with our rule, and by {paper} with the paper's."
+        f"From the lowest to the highest of 20 seeds, the kept share differs by {ours} points with the "
+        f"default rule, and by {paper} with the paper's."
     )
 
 
-# 4. When does the current query's size help, when does it hurt?
+# 4. When does the paper's rule help, when does it hurt?
 
 ENDINGS = {
     "question": "\n\nWhat is this text about?",
@@ -263,8 +264,8 @@ def answer_endings(f: Figures) -> str:
         for ending in ENDINGS
     ]
     return (
-        "The KL of the paper's rule, divided by that of ours at the same share, depends on the prompt's end: "
-        f"{', '.join(by_ending)}."
+        "The KL of the paper's rule, divided by the default's at the same share, depends on the prompt's "
+        f"end: {', '.join(by_ending)}."
     )
 
 
@@ -352,8 +353,9 @@ def answer_pool(f: Figures) -> str:
     ours, paper = (show_ratio(f[f"{rule}, all others, kl"], f[f"{rule}, own, kl"]) for rule in RULES)
     saved = show(f["time of the samples"], ".0f", "%")
     return (
-        f"With samples made from 11 other texts, the KL of our rule is {ours} times as high, and that of the "
-        f"paper's {paper} times. At most {saved} of GVote's time is saved."
+        f"With samples made from 11 other texts, the KL of the default rule is {ours} times as high, and "
+        f"that of the paper's {paper} times. The samples, which need not be made then, take {saved} of "
+        f"GVote's time."
     )
 
 
@@ -431,9 +433,9 @@ def answer_later(f: Figures) -> str:
     ours, paper = (show_ratio(f[f"{rule}, last 32"], f[f"{rule}, first 32"]) for rule in RULES)
     full, *found = (count(f[f"{who}, number, second, exact"]) for who in ("full cache", *RULES))
     return (
-        f"From the first to the last 32 of 256 tokens the KL changes by a factor of {ours} with our rule, "
-        f"and of {paper} with the paper's. Asked for a hidden number in a second turn, the full cache tells "
-        f"{full}, our rule {found[0]}, and the paper's {found[1]}."
+        f"From the first to the last 32 of 256 tokens the KL changes by a factor of {ours} with the default "
+        f"rule, and of {paper} with the paper's. Asked for a hidden number in a second turn, the full cache "
+        f"tells {full}, the default rule {found[0]}, and the paper's {found[1]}."
     )
 
 
@@ -483,8 +485,8 @@ def answer_safe(f: Figures) -> str:
         by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
         most, next_most, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
         sentences.append(
-            f"{name} keeps up to {by_kind[most]:.0f}% ({most}), and of other kinds up to "
-            f"{by_kind[next_most]:.0f}% ({next_most})"
+            f"the largest share that {name} keeps is {by_kind[most]:.0f}%, of '{most}', and of the other "
+            f"seven kinds of prompt {by_kind[next_most]:.0f}%"
         )
     return f"{'; '.join(sentences).capitalize()}."
 
@@ -518,16 +520,15 @@ class Question:
 
 
 GAUSSIAN, BUDGET, MEMORY = "1_walkthrough", "2_the_budget_finds_itself", "3_memory_and_speed"
+QUALITY = "4_experiments"
 QUESTIONS = {
     1: Question("Is it Gaussian?", gaussian, answer_gaussian, GAUSSIAN),
     2: Question("Are sampled queries good proxies?", proxies, answer_proxies, GAUSSIAN),
     3: Question("How much do two runs differ?", seeds, answer_seeds, BUDGET),
-    4: Question(
-        "When does the current query's size help, when does it hurt?", endings, answer_endings, BUDGET
-    ),
+    4: Question("When does the paper's rule help, when does it hurt?", endings, answer_endings, BUDGET),
     5: Question("Can the memory be capped, and what does it cost?", cap, answer_cap, MEMORY),
     6: Question("Could one pool of samples serve every prompt?", pool, answer_pool, BUDGET),
-    7: Question("What becomes of long answers, and of a second turn?", later, answer_later, MEMORY),
+    7: Question("What becomes of long answers, and of a second turn?", later, answer_later, QUALITY),
     8: Question("Is an automatic budget safe?", safe, answer_safe, BUDGET),
 }
 
@@ -593,18 +594,16 @@ def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
 
 
 def compare(number: int, again: Figures):
-    """Figures of the first texts, measured again, against the file of results; times left aside."""
+    """Figures of the first texts, measured again, against those in the file of results; times left aside."""
     before, off = figures_of(number), {}
     for name in again:
         if "time" not in name and isinstance(again[name][0], float):
             pairs = zip(again[name], before[name], strict=False)  # of fewer texts
             off[name] = max(abs(new - old) / (abs(old) or 1) for new, old in pairs)
-    worst = max(off, key=off.get)
+    n_texts = len(next(iter(again.values())))
     print(
-        f"measured again: {len(off)} figures of {len(again[worst])} of the texts. They differ by at most ",
-        end="",
+        f"check: {n_texts} of the texts measured anew, at most {max(off.values()):.1%} off the stored numbers"
     )
-    print(f"{off[worst]:.1%} ({worst}) from those of {results()[str(number)]['machine']}.")
 
 
 def summary(values: list) -> dict:

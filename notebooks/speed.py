@@ -213,8 +213,8 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
         for (n, way), cache in caches.items()
     }
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
-    print("        GVote    GVote, of the               one token:")
-    print("tokens  keeps    prefill (once)              full      GVote   times as fast (range)")
+    print("        GVote    its share of                one token:")
+    print("tokens  keeps    the prefill                 full      GVote   times as fast (range)")
     for n in contexts:
         for how in calls:
             share = f"{caches[n, 'GVote'].usage:7.0%}{shares[n]:13.1%}" if how == "eager" else " " * 20
@@ -228,7 +228,7 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     """Our decoding and prefill against transformers' and kvpress'. Prints a table."""
     try:
         first, later = compile_seconds()
-        print(f"first compiled token of a process: {first:.1f} s, of a later one: {later:.1f} s")
+        print(f"first compiled token of the first process: {first:.1f} s, of a later process: {later:.1f} s")
     except OSError as error:
         print(f"first compiled token: not measured ({error})")
     compiled = compiled_call(DEVICE)
@@ -264,10 +264,10 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), prefill, n_warm=1)
     show(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[1:], seconds[1], strict=True)]
-    print(f"GVote's share of the prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
+    print(f"GVote's share of its prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
     timed, start = Timed(PeakVotes()), now()
     model(ids[:, :n], KVCache(model.config), timed)
-    print(f"PeakVotes' share, once: {timed.seconds / (now() - start):.1%}")
+    print(f"PeakVotes' share of its prefill: {timed.seconds / (now() - start):.1%}")
 
 
 if __name__ == "__main__":
