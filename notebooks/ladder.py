@@ -194,18 +194,16 @@ def table(
 ) -> list[list[str]]:
     """A line for each of these rungs; found: text, needles and padlock -> what `climb` found. Factors compare
     with one rung, or, if none is given, with the one before."""
-    rows, before = (
-        [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]],
-        against,
-    )
+    rows = [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]]
+    before = against
     for name, (voters, _) in rungs.items():
         text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
         factors = [
             factor(found[kind][name], found[kind][before]) if before else "" for kind in ("text", "needles")
         ]
-        solved = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
+        right = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
         cost = "-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"
-        rows.append([name, *factors, solved, "right" if padlock["exact"] else "wrong", cost])
+        rows.append([name, *factors, right, "right" if padlock["exact"] else "wrong", cost])
         before = against or name
     return rows
 
