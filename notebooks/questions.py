@@ -139,7 +139,8 @@ def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
 
 def answer_gaussian(f: Figures) -> str:
     return (
-        f"The distance of the hidden states from a Gaussian is {show(f['after, rest'])} standard deviations. "
+        "The distance of the hidden states from a Gaussian, as notebook 1 defines it, is "
+        f"{show(f['after, rest'])} standard deviations. "
         f"Random numbers that were drawn from a Gaussian have a distance of {f['a Gaussian'][0]:.3f}, and "
         f"those drawn from a Laplace distribution {f['a Laplace'][0]:.3f}."
     )
@@ -485,8 +486,8 @@ def answer_safe(f: Figures) -> str:
         by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
         most, next_most, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
         sentences.append(
-            f"the largest share that {name} keeps is {by_kind[most]:.0f}%, of '{most}', and of the other "
-            f"seven kinds of prompt {by_kind[next_most]:.0f}%"
+            f"{name} keeps up to {by_kind[most]:.0f}% of a prompt of the kind '{most}', and up to "
+            f"{by_kind[next_most]:.0f}% of any other prompt"
         )
     return f"{'; '.join(sentences).capitalize()}."
 
