@@ -21,7 +21,7 @@ import baselines
 from generate import checkpoint_folder, generate, stop_tokens
 from gvote import attention, fit_gaussian, layer_generator, sample_queries
 from model import KVCache, Llama
-from stats import bootstrap, ratio
+from stats import bootstrap, ratio, with_interval
 from tasks import Task, code, continuation, entry, keep_share, needle, prose, recall
 
 # ---- Who votes
@@ -185,8 +185,7 @@ def intervals(rows: dict[str, list[dict]]) -> dict[str, tuple[float, float, floa
 
 def factor(rows: list[dict], before: list[dict]) -> str:
     """By what the KL is multiplied, task by task: the geometric mean, and its 95% interval."""
-    found = ratio([row["kl"] for row in rows], [row["kl"] for row in before])
-    return "{} ({}-{})".format(*(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in found))
+    return with_interval(*ratio([row["kl"] for row in rows], [row["kl"] for row in before]))
 
 
 def table(
@@ -201,9 +200,9 @@ def table(
         factors = [
             factor(found[kind][name], found[kind][before]) if before else "" for kind in ("text", "needles")
         ]
-        right = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
+        answered = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
         cost = "-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"
-        rows.append([name, *factors, right, "right" if padlock["exact"] else "wrong", cost])
+        rows.append([name, *factors, answered, "right" if padlock["exact"] else "wrong", cost])
         before = against or name
     return rows
 

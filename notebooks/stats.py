@@ -31,3 +31,8 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     """By what are theirs multiplied, pair by pair? The geometric mean, and its 95% interval."""
     mean, low, high = map(math.exp, bootstrap(log_ratio(ours, theirs)))
     return mean, low, high
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    """A ratio and its interval as a table shows them: "2.71 (2.05-3.69)", and from 10 on without decimals."""
+    return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in (mean, low, high)))

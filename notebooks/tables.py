@@ -91,7 +91,7 @@ def ratio(
 
 
 def ratio_text(*of, **at) -> str:
-    return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in ratio(*of, **at)))
+    return stats.with_interval(*ratio(*of, **at))
 
 
 def cost(method: str, length: int) -> float:
