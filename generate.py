@@ -315,6 +315,12 @@ def policy_from_file(file: str, name: str) -> Policy:
     return policy
 
 
+def prepare(policy: Policy | None, model: Llama, tokenizer, ids: Tensor) -> Policy | None:
+    """The policy for the prompts ids (B, T). Nearly all take any prompt; one that has to read it once before
+    (KVzip in notebooks/baselines.py) has a method `for_prompt`, which does that."""
+    return policy.for_prompt(model, tokenizer, ids) if hasattr(policy, "for_prompt") else policy
+
+
 def built_in_text(tokenizer, n_tokens: int = 1100) -> str:
     from pydoc_data.topics import topics  # the Python language reference, in every Python
 
@@ -392,10 +398,10 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path} is not a text file in UTF-8") from None
 
 
-def parse_args(methods: Collection[str]) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    names = f"full, {', '.join(methods)}, or FILE.py:NAME, for which that file is run"
+    names = f"full, {', '.join(POLICIES)}, or FILE.py:NAME, for which that file is run"
     levels = "the level is top_p, of peak_votes the bar, of others the share to keep"
     add = parser.add_argument
     add("prompt", nargs="?", help="a prompt instead of the built-in text")
@@ -417,10 +423,9 @@ def parse_args(methods: Collection[str]) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda policy, *_: policy):
-    """methods: policies by name. prepare(policy, model, tokenizer, ids) makes the policy for the prompt."""
-    args = parse_args(methods)
-    policies = {name: make_policy(name, methods) for name in args.policy}
+def main():
+    args = parse_args()
+    policies = {name: make_policy(name) for name in args.policy}
     for name, policy in policies.items():
         if is_dataclass(policy) and hasattr(policy, "seed"):  # it draws
             samples = {"n_samples": args.samples} if args.samples is not None else {}
@@ -472,13 +477,13 @@ def main(methods: dict[str, Callable] = POLICIES, prepare: Callable = lambda pol
     print(f"\n{table}\n(one run each: times that differ by less than a third are the same within the noise)")
 
 
-def command(*settings):
+def command():
     """main, as a program: what a user can mend ends in one line, a bug in a traceback."""
     if sys.stdout is None:  # as in `>&-`
         sys.exit("error: standard output is closed")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
     try:
-        main(*settings)
+        main()
     except BrokenPipeError:  # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -1,8 +1,7 @@
 """GVote's rivals, which are told how much to keep, and the oracle, which knows the future.
 
 All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, keys, values) -> keep mask (B,
-H_kv, T). But KVzip has to read the prompt a second time first: `for_prompt` does that, and makes a policy of
-it.
+H_kv, T). Only KVzip has to read the prompt once before it can be one.
 
 Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept
 keys. Every head keeps at least one key, however small the share. `METHODS`, at the end, lists the methods by
@@ -276,8 +275,8 @@ class KVzip:
     """The keys to which most attention is paid while the model repeats the prompt; the best of all layers and
     heads together, and the first `n_sink` (Kim et al. 2025, arXiv 2505.23416).
 
-    No policy, as it reads the prompt twice, with the whole cache in memory, before any layer can drop a key.
-    See `for_prompt`.
+    No policy, as it reads the prompt twice, with the whole cache in memory, before any layer can drop a key:
+    `for_prompt` makes one (see `prepare` in generate.py).
     """
 
     share: float
@@ -293,15 +292,12 @@ class KVzip:
         n_keep = max(scores[0, ..., 0].numel(), int(self.share * scores[0].numel()))
         return keep_best(scores.flatten(1), n_keep).view_as(scores).transpose(0, 1)
 
-
-def for_prompt(method: Policy | KVzip, model: Llama, tokenizer, ids: Tensor) -> Policy:
-    """The method as a policy for the prompts ids: KVzip reads them once more, when the first layer asks. Any
-    other is a policy already. Raises ValueError, at once, if there is no room for that."""
-    if not isinstance(method, KVzip):
-        return method
-    requests(model, tokenizer, ids)
-    masks = cache(lambda: method.masks(model, tokenizer, ids))
-    return lambda attn, hidden, keys, values: masks()[attn.layer]
+    def for_prompt(self, model: Llama, tokenizer, ids: Tensor) -> Policy:
+        """The policy for prompts ids, which are read once more when the first layer asks. Raises ValueError,
+        at once, if the context has no room for that."""
+        requests(model, tokenizer, ids)
+        masks = cache(lambda: self.masks(model, tokenizer, ids))
+        return lambda attn, hidden, keys, values: masks()[attn.layer]
 
 
 @dataclass(frozen=True)

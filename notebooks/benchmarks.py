@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it
 import torch
 from tqdm import tqdm
 
-from baselines import METHODS, KVzip, for_prompt
+from baselines import METHODS, KVzip
 from generate import (
     DEFAULT,
     checkpoint_folder,
@@ -41,6 +41,7 @@ from generate import (
     generate,
     load_tokenizer,
     make_policy,
+    prepare,
     render,
     stop_tokens,
 )
@@ -259,7 +260,7 @@ def answer(model: Llama, tokenizer, stop: list[int], method: Policy | KVzip | No
         ids = torch.cat((ids[:, : room // 2], ids[:, -(room // 2) :]), dim=1)
     cache, tokens, text = KVCache(model.config, max_new_tokens=example.max_new_tokens), [], ""
     ids = ids.to(model.norm.weight.device)
-    policy = for_prompt(method, model, tokenizer, ids)
+    policy = prepare(method, model, tokenizer, ids)
     for token in generate(model, ids, example.max_new_tokens, policy, stop=stop, cache=cache):
         tokens.append(token)
         text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

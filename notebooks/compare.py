@@ -13,8 +13,9 @@ if __name__ == "__main__":  # Ctrl-C shows no traceback, also while torch is bei
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes temporary folders
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
-from baselines import METHODS, for_prompt
-from generate import command
+import generate
+from baselines import METHODS
 
 if __name__ == "__main__":
-    command(METHODS, for_prompt)
+    generate.POLICIES.update(METHODS)
+    generate.command()

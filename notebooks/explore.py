@@ -21,8 +21,7 @@ import torch
 import generate
 from gvote import GVote, PeakVotes, attention, current_query_mask, fit_gaussian, sample_queries, top_p_mask
 from model import PAGE, Llama
-from plots import heads_that_read, place, record
-from tasks import entry
+from tasks import entry, heads_that_read, place, record
 
 TOP_P = [i / 100 for i in range(1, 101)]  # the settings on offer, in the order in which more is kept
 BARS = [i / 1000 for i in range(200, -1, -1)]

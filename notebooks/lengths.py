@@ -22,9 +22,9 @@ from torch import Tensor
 
 from baselines import H2O, METHODS, Random, keep_best, requests
 from generate import checkpoint_folder, encode, load_tokenizer
-from gvote import PeakVotes, attention, fit_gaussian, sample_queries
+from gvote import GVote, PeakVotes, attention
 from model import KVCache, Llama, rope, rotate
-from tasks import Task, docstrings, entry, keep_share, modules, needle, recall
+from tasks import Task, docstrings, gvote_entry, keep_share, modules, needle, recall
 
 RESULTS = Path(__file__).parent / "results" / "lengths.json"
 LENGTHS = (400, 1500, 4000)
@@ -67,18 +67,8 @@ def make_task(model: Llama, tokenizer, kind: str, length: int, seed: int, ids: T
 # From which threshold on a method without a budget keeps each key, by layer: (1, H_kv, T)
 
 
-def gvote(task: Task, seed: int, paper: bool = False) -> list[Tensor]:
-    found = []
-    for attn, hidden, keys, _ in task.layers:
-        probs = attention(sample_queries(attn, *fit_gaussian(hidden), 8, task.n_prompt, seed), keys)
-        found.append(entry(probs).amin(dim=2))
-        if paper:  # so many best keys of each sample as the mean of G nuclei has
-            last = attn.queries(hidden[:, -1:], torch.tensor([task.n_prompt - 1]))
-            nuclei = entry(attention(last, keys))  # (1, H_kv, G, T)
-            rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(dim=2)
-            # the mean exceeds a rank as soon as the nuclei hold more than G times as many keys together
-            found[-1] = nuclei.flatten(2).sort(dim=-1).values.gather(-1, nuclei.size(2) * rank)
-    return found
+def gvote(task: Task, seed: int, budget: str = "per_sample") -> list[Tensor]:
+    return [gvote_entry(layer, GVote(seed=seed, budget=budget)) for layer in task.layers]
 
 
 def peak_votes(task: Task) -> list[Tensor]:
@@ -146,7 +136,7 @@ def compress(task: Task, tokenizer, seed: int, shares=SHARES) -> tuple[dict, dic
     seconds that each took, but those of "oracle" and "random" mean nothing."""
     ways = {
         "GVote": lambda: gvote(task, seed),
-        "GVote, paper's rule": lambda: gvote(task, seed, paper=True),
+        "GVote, paper's rule": lambda: gvote(task, seed, "current_query"),
         "PeakVotes": lambda: peak_votes(task),
         "PeakVotes, before": lambda: peak_votes_before(task),
         "KVzip": lambda: kvzip(task, tokenizer),

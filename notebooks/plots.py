@@ -1,10 +1,9 @@
-"""What the notebooks share: the style of their pictures, and a look at what each layer hands to a policy."""
+"""The notebooks' pictures, one function each, named after the question that it answers."""
 
 import math
 import os
 import textwrap
-from bisect import bisect_left, bisect_right
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from statistics import median
 
 import matplotlib.pyplot as plt
@@ -12,8 +11,8 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from gvote import attention
-from model import PAGE, KVCache, Llama, Table, keep_all
+from model import PAGE, KVCache, Llama, Table
+from tasks import heads_that_read, place
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -56,36 +55,6 @@ def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
         heights[i - 1] = min(heights[i - 1], heights[i] - gap)
     for height, (_, name, color) in zip(heights, ends, strict=True):
         axis.text(1.02, height, name, color=color, va="center", transform=axis.transAxes)
-
-
-def record(model: Llama, ids: Tensor) -> list[tuple]:
-    """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is
-    given."""
-    layers = []
-
-    def look(*layer):
-        layers.append(layer)
-        return keep_all(*layer)
-
-    model(ids, KVCache(model.config, len(ids)), look)
-    return layers
-
-
-def place(words: list[str], passage: str) -> range:
-    """The numbers of a passage's tokens in a text of tokens with these words: none where there is no such."""
-    start, ends = "".join(words).find(passage), list(accumulate(map(len, words)))
-    return range(bisect_right(ends, start), bisect_left(ends, start + len(passage)) + 1 if start >= 0 else 0)
-
-
-def heads_that_read(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
-    """The heads, numbered through all layers, in which a token of the answer pays more than half of its
-    attention to the prompt (1, T) to the keys at these positions."""
-    n_tokens, paid = prompt.size(1), []
-    for attn, hidden, keys, _ in record(model, torch.cat((prompt, torch.tensor([answer])), dim=1)):
-        queries = attn.queries(hidden[:, n_tokens:], n_tokens + torch.arange(len(answer)))
-        probs = attention(queries, keys[:, :, :n_tokens])[0]  # (H_kv, G * N, T)
-        paid.append(probs[..., positions].sum(dim=-1).amax(dim=-1))
-    return (torch.cat(paid) > 0.5).nonzero().flatten().tolist()
 
 
 def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str):

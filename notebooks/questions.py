@@ -33,10 +33,9 @@ from baselines import METHODS, observed_attention
 from generate import DEFAULT, checkpoint_folder, encode, generate, load_tokenizer, next_turn
 from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
-from plots import record
 from speed import device_name
 from stats import bootstrap, ratio, wilson
-from tasks import NAMES, THINGS, Task, continuation, entry, keep_share
+from tasks import NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
@@ -76,24 +75,6 @@ def masks(task: Task, policy: Callable) -> list[Tensor]:
 def share(variant: list[Tensor]) -> float:
     """The share of keys kept, in %."""
     return 100 * torch.cat(variant).float().mean().item()
-
-
-def entries(layer: tuple, rule: str, seed: int, gaussian: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The top_p from which on GVote keeps each key, (1, H_kv, T): `entries(...) < top_p` is its mask.
-
-    layer: what a policy is given. gaussian: mean and standard deviation, if not fitted to this prompt.
-    """
-    attn, hidden, keys, _ = layer
-    n_tokens = hidden.size(1)
-    mean, std = fit_gaussian(hidden) if gaussian is None else gaussian
-    probs = attention(sample_queries(attn, mean, std, 8, n_tokens, seed), keys)  # (1, H_kv, G * S, T)
-    if rule == "per_sample":
-        return entry(probs).amin(dim=2)
-    last = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1]))
-    nuclei = entry(attention(last, keys))  # (1, H_kv, G, T)
-    rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(dim=2)
-    # the mean size of the G nuclei exceeds a rank once they hold more than G times as many keys together
-    return nuclei.flatten(2).sort(dim=-1).values.gather(-1, nuclei.size(2) * rank)
 
 
 # 1. Is it Gaussian?
@@ -249,7 +230,10 @@ def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
         for ending, words in ENDINGS.items():
             prompt = plain(tokenizer, start + words)
             task = Task(model, prompt, torch.tensor([list(generate(model, prompt, 32))]), 32)
-            found = {rule: [entries(layer, rule, number) for layer in task.layers] for rule in RULES}
+            found = {
+                rule: [gvote_entry(layer, GVote(seed=number, budget=rule)) for layer in task.layers]
+                for rule in RULES
+            }
             variants = {rule: [x < 0.95 for x in found[rule]] for rule in RULES}
             for rule in RULES:
                 figures[f"{ending}, {rule}, kept"].append(share(variants[rule]))
@@ -288,7 +272,10 @@ def capped(entries: Tensor, most: float, top_p: float = 0.95) -> Tensor:
 def cap(model: Llama, tokenizer, n: int = 12) -> Figures:
     figures = defaultdict(list)
     for number, task in read(model, tokenizer, n):
-        found = {rule: [entries(layer, rule, number) for layer in task.layers] for rule in RULES}
+        found = {
+            rule: [gvote_entry(layer, GVote(seed=number, budget=rule)) for layer in task.layers]
+            for rule in RULES
+        }
         variants = {f"{rule}, own": [x < 0.95 for x in found[rule]] for rule in RULES}
         for most in CAPS:
             variants |= {f"{rule}, {most:.0%}": [capped(x, most) for x in found[rule]] for rule in RULES}
@@ -336,7 +323,8 @@ def pool(model: Llama, tokenizer, n: int = 12) -> Figures:
             variants = []
             for by_layer in gaussians.values():
                 pairs = zip(task.layers, by_layer, strict=True)
-                variants.append([entries(layer, rule, number, fit) < 0.95 for layer, fit in pairs])
+                policy = GVote(seed=number, budget=rule)
+                variants.append([gvote_entry(layer, policy, fit) < policy.top_p for layer, fit in pairs])
             for name, variant, result in zip(gaussians, variants, task.test(variants), strict=True):
                 figures[f"{rule}, {name}, kept"].append(share(variant))
                 figures[f"{rule}, {name}, kl"].append(result["kl"])

@@ -4,8 +4,8 @@ import json
 from statistics import fmean, median
 
 import stats
-from baselines import METHODS, for_prompt
-from generate import make_policy
+from baselines import METHODS
+from generate import make_policy, prepare
 from lengths import KINDS, LENGTHS, RESULTS, RIVALS, SHARES, compress, make_task, measure
 
 DATA = json.loads(RESULTS.read_text())
@@ -51,7 +51,7 @@ def tried(name: str, model, tokenizer, tasks: list) -> list[list[float]]:
     """What `rows` gives, measured now, for the method of this name ("h2o:0.5", "ideas.py:newest_half")."""
     found = []
     for task in tasks:
-        policy = for_prompt(make_policy(name, METHODS), model, tokenizer, task.prompt)
+        policy = prepare(make_policy(name, METHODS), model, tokenizer, task.prompt)
         masks = [policy(*layer) for layer in task.layers] if policy else task.everything
         found.append(measure(task, {name: masks})[name])
     return found

@@ -7,15 +7,16 @@ predictions of these from those with the full cache, and does it still know the 
 
 import inspect
 import random
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor
 
 from generate import encode
-from gvote import attention
-from model import KVCache, Llama
-from plots import record
+from gvote import GVote, attention, fit_gaussian, sample_queries
+from model import KVCache, Llama, keep_all
 
 THINGS = (
     "apple river candle forest window garden planet mirror bottle castle dragon engine feather guitar "
@@ -25,6 +26,36 @@ THINGS = (
 NAMES = (
     "Anna Ben Clara David Emma Frank Grace Henry Isabel Jack Kate Leo Mary Nora Oscar Paul Rosa Sam Tina"
 ).split()
+
+
+def record(model: Llama, ids: Tensor) -> list[tuple]:
+    """Reads prompts ids (B, T) and returns (attn, hidden, keys, values) of each layer: what a policy is
+    given."""
+    layers = []
+
+    def look(*layer):
+        layers.append(layer)
+        return keep_all(*layer)
+
+    model(ids, KVCache(model.config, len(ids)), look)
+    return layers
+
+
+def place(words: list[str], passage: str) -> range:
+    """The numbers of a passage's tokens in a text of tokens with these words: none where there is no such."""
+    start, ends = "".join(words).find(passage), list(accumulate(map(len, words)))
+    return range(bisect_right(ends, start), bisect_left(ends, start + len(passage)) + 1 if start >= 0 else 0)
+
+
+def heads_that_read(model: Llama, prompt: Tensor, answer: list[int], positions: list[int]) -> list[int]:
+    """The heads, numbered through all layers, in which a token of the answer pays more than half of its
+    attention to the prompt (1, T) to the keys at these positions."""
+    n_tokens, paid = prompt.size(1), []
+    for attn, hidden, keys, _ in record(model, torch.cat((prompt, torch.tensor([answer])), dim=1)):
+        queries = attn.queries(hidden[:, n_tokens:], n_tokens + torch.arange(len(answer)))
+        probs = attention(queries, keys[:, :, :n_tokens])[0]  # (H_kv, G * N, T)
+        paid.append(probs[..., positions].sum(dim=-1).amax(dim=-1))
+    return (torch.cat(paid) > 0.5).nonzero().flatten().tolist()
 
 
 class Task:
@@ -97,6 +128,26 @@ def entry(probs: Tensor) -> Tensor:
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
     mass_before = ranked.cumsum(dim=-1) - ranked
     return torch.empty_like(mass_before).scatter_(-1, order, mass_before)
+
+
+def gvote_entry(layer: tuple, policy: GVote, gaussian: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The top_p from which on GVote, with its other settings as in policy, keeps each key: (1, H_kv, T).
+
+    So `gvote_entry(layer, policy) < policy.top_p` is `policy(*layer)`. layer: what a policy is given.
+    gaussian: a mean and a standard deviation to sample from, if not those of this prompt.
+    """
+    attn, hidden, keys, _ = layer
+    n_tokens = hidden.size(1)
+    mean, std = gaussian or fit_gaussian(hidden)
+    samples = sample_queries(attn, mean, std, policy.n_samples, n_tokens, policy.seed)
+    probs = attention(samples, keys)  # (1, H_kv, G * S, T)
+    if policy.budget == "per_sample":
+        return entry(probs).amin(dim=2)
+    current = attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1], device=hidden.device))
+    nuclei = entry(attention(current, keys))  # (1, H_kv, G, T)
+    rank = probs.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).amin(dim=2)
+    # the mean size of the G nuclei exceeds a rank once they hold more than G times as many keys together
+    return nuclei.flatten(2).sort(dim=-1).values.gather(-1, nuclei.size(2) * rank)
 
 
 def keep_share(entries: list[Tensor], share: float) -> list[Tensor]:

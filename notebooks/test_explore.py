@@ -14,7 +14,7 @@ import explore
 from generate import checkpoint_folder, encode, load_tokenizer
 from gvote import GVote, PeakVotes
 from model import KVCache, Llama
-from plots import record
+from tasks import record
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(

@@ -27,11 +27,12 @@ from generate import (
     generate,
     load_tokenizer,
     make_policy,
+    prepare,
     render,
 )
 from gvote import GVote, PeakVotes, attention, top_p_mask
 from model import KVCache, Llama, LlamaConfig
-from plots import record
+from tasks import record
 from test_gvote import TINY, llama, random_ids, real_layers, tiny_llama, tokenizer  # noqa: F401, the fixtures
 
 # ---- baselines.py
@@ -97,7 +98,7 @@ def test_every_method_reads_the_shortest_prompts(name, share, llama, tokenizer):
     for n_tokens in (1, 2, 3, 4, 5, 30):
         ids, cache = torch.arange(20, 20 + n_tokens)[None], KVCache(llama.config)
         method = make_policy(f"{name}:{share}", baselines.METHODS)
-        llama(ids, cache, baselines.for_prompt(method, llama, tokenizer, ids))
+        llama(ids, cache, prepare(method, llama, tokenizer, ids))
         if name not in POLICIES:  # those have no share
             assert cache.kept.sum() == 90 * max(1, int(share * n_tokens)) or name == "kvzip"
             assert cache.kept.sum() == max(90, int(90 * share * n_tokens)) or name != "kvzip"
@@ -192,10 +193,10 @@ def test_kvzip_is_a_policy_for_its_prompts(llama, tokenizer):
     assert torch.equal(
         masks[:, 1:], baselines.KVzip(0.5).masks(llama, tokenizer, ids[1:])
     )  # alone as in a batch
-    llama(ids, cache, baselines.for_prompt(baselines.KVzip(0.5), llama, tokenizer, ids))
+    llama(ids, cache, prepare(baselines.KVzip(0.5), llama, tokenizer, ids))
     assert torch.equal(cache.kept, masks.sum(dim=(1, 3)))
     one_pass = baselines.H2O(0.5)
-    assert baselines.for_prompt(one_pass, llama, tokenizer, ids) is one_pass
+    assert prepare(one_pass, llama, tokenizer, ids) is one_pass
     with pytest.raises(ValueError, match="got 1.5"):
         baselines.KVzip(1.5)
 
@@ -205,8 +206,8 @@ def test_kvzip_says_at_once_that_the_context_is_too_short(llama, tokenizer):
     with pytest.raises(
         ValueError, match=r"KVzip reads the prompt twice: \d+ tokens exceed .* context of 8192"
     ):
-        baselines.for_prompt(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids.repeat(1, 2)[:, :8000])
-    assert callable(baselines.for_prompt(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids))
+        prepare(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids.repeat(1, 2)[:, :8000])
+    assert callable(prepare(baselines.KVzip(0.5), tiny_llama(), tokenizer, ids))
 
 
 def test_kvzip_takes_what_follows_the_prompt_in_any_template(llama, tmp_path):

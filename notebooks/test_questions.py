@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import questions
+import tasks
 from gvote import GVote
 from model import Attention, LlamaConfig
 
@@ -42,7 +43,7 @@ def layer() -> tuple:
 @pytest.mark.parametrize("top_p", [0.3, 0.7, 0.95])
 def test_entries_are_gvotes_masks(layer, rule, top_p):
     expected = GVote(top_p, seed=5, budget=rule)(*layer)
-    assert torch.equal(questions.entries(layer, rule, seed=5) < top_p, expected)
+    assert torch.equal(tasks.gvote_entry(layer, GVote(seed=5, budget=rule)) < top_p, expected)
     assert 0 < expected.sum() < expected.numel()
 
 
