@@ -12,7 +12,6 @@ import tables
 import tasks
 from generate import encode
 from gvote import GVote, PeakVotes
-from test_gvote import llama, tokenizer  # noqa: F401, the fixtures
 
 
 def test_wilson_by_hand():
@@ -42,7 +41,7 @@ def test_log_ratio_by_hand():
         stats.log_ratio([0.1], [0.1, 0.2])
 
 
-def test_lengths_keep_what_the_methods_keep(llama, tokenizer):  # noqa: F811
+def test_lengths_keep_what_the_methods_keep(llama, tokenizer):
     """The shortcuts of lengths.py (each score once, for all shares) against the methods themselves."""
     torch.set_grad_enabled(False)
     instance = next(lengths.instances(tokenizer))
@@ -64,7 +63,7 @@ def test_lengths_keep_what_the_methods_keep(llama, tokenizer):  # noqa: F811
     assert (task.n_prompt, len(masks)) == (pytest.approx(417, abs=5), 5 + 12)
 
 
-def test_no_token_is_in_two_instances(tokenizer):  # noqa: F811
+def test_no_token_is_in_two_instances(tokenizer):
     found = list(lengths.instances(tokenizer))
     assert len(found) == 3 * 26 and len({each["seed"] for each in found}) == len(found)
     assert all(len(each["ids"]) >= each["length"] for each in found)
@@ -73,7 +72,7 @@ def test_no_token_is_in_two_instances(tokenizer):  # noqa: F811
     assert torch.equal(prose, whole[: len(prose)])
 
 
-def test_tables_of_notebook_4_by_hand(llama, tokenizer):  # noqa: F811
+def test_tables_of_notebook_4_by_hand(llama, tokenizer):
     torch.set_grad_enabled(False)
     text, needle = [[0.25, 0.1, 0], [0.75, 0.3, 0]], [[0.5, 0.02, 1]] * 12
     found = "12 of 12 (76-100%)"

@@ -33,7 +33,7 @@ from generate import (
 from gvote import GVote, PeakVotes, attention, top_p_mask
 from model import KVCache, Llama, LlamaConfig
 from tasks import record
-from test_gvote import TINY, llama, random_ids, real_layers, tiny_llama, tokenizer  # noqa: F401, the fixtures
+from test_gvote import TINY, random_ids, tiny_llama
 
 # ---- baselines.py
 
@@ -231,7 +231,7 @@ def test_methods_are_made_from_their_names():
 
 
 def test_compare_is_the_command_with_all_methods(llama):
-    script = Path(__file__).parent / "compare.py"
+    script = Path(__file__).parents[1] / "compare.py"
     args = [
         "The code is 7425.",
         "--policy",
@@ -573,7 +573,7 @@ def test_benchmark_errors_name_the_line(tmp_path):
 def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
     line = {"index": 0, "input": "The word is blue. Which?", "outputs": ["blue"], "answer_prefix": " It is"}
     data, out = jsonl(tmp_path / "vt" / "validation.jsonl", line), tmp_path / "a new folder" / "results.jsonl"
-    script = Path(__file__).parent / "benchmarks.py"
+    script = Path(__file__).parents[1] / "benchmarks.py"
 
     def run(*args):
         command = [sys.executable, script, *map(str, args), "--out", out]
