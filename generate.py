@@ -73,21 +73,21 @@ def generate(
 
     def tokens(ids: Tensor, policy: Policy | None) -> Iterator[int]:
         for _ in range(max_new_tokens):
-            logits = model(ids, cache, policy, call=call)[:, -1]  # (1, V)
+            # on the CPU, so the device is waited for once; in double, whose range bears any temperature
+            logits = model(ids, cache, policy, call=call)[0, -1].cpu().double()  # (V,)
             if not logits.max().isfinite():
-                raise ValueError(f"the logits are not numbers in {logits.dtype}: try bfloat16 or float32")
+                dtype = model.norm.weight.dtype
+                raise ValueError(f"the logits are not numbers in {dtype}: try bfloat16 or float32")
             if temperature == 0:
-                ids = logits.argmax(dim=-1, keepdim=True)
+                token = logits.argmax().item()
             else:
-                # in double, whose range bears any temperature
-                logits = logits.cpu().double()
                 probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
-                ids = torch.multinomial(probs, num_samples=1, generator=generator).to(ids.device)
-            # the prompt is read and compressed
-            policy = None
-            yield ids.item()
-            if ids.item() in stop or cache.length == model.config.context_length:
+                token = torch.multinomial(probs, num_samples=1, generator=generator).item()
+            yield token
+            if token in stop or cache.length == model.config.context_length:
                 break
+            # the prompt is read and compressed
+            ids, policy = torch.tensor([[token]], device=ids.device), None
 
     return tokens(ids[:, cache.length :], policy)
 
@@ -100,9 +100,7 @@ def check(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: fl
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     if ids.shape[:-1] != (1,) or (cache and cache.batch_size != 1):
-        raise ValueError(
-            f"one prompt at a time: ids are {tuple(ids.shape)}, expected (1, T), a cache for one"
-        )
+        raise ValueError(f"one prompt at a time: ids are {tuple(ids.shape)}, expected (1, T)")
     if n_tokens <= n_read:
         raise ValueError(f"there is nothing to read: of {n_tokens} tokens, the cache has read {n_read}")
     if n_tokens > config.context_length:
@@ -151,9 +149,7 @@ def compiled_call(device: torch.device) -> Callable:
             y = compiled(function, x, *args)
         except TorchDynamoException as error:
             needs = "a C++ compiler, a CPU with AVX2 or a GPU, and folders without spaces in their names"
-            raise ValueError(
-                f"torch.compile, which needs {needs}, fails: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"compiling needs {needs}: {str(error).splitlines()[0]}") from error
         if not args:
             # lm_head: a step ends here, and without a mark CUDA graphs would end it with each call
             torch.compiler.cudagraph_mark_step_begin()
