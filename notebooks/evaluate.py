@@ -69,14 +69,16 @@ class AtShare:
 
     def masks(self, task: Task) -> list[Tensor]:
         if self.rule == "oracle":
-            entries = [-true.amax(dim=2) * max(1, task.n_prompt / 400) for true in task.attention]
+            entries = [-true.amax(dim=2) for true in task.attention]
         elif self.rule == "peak_votes":
-            entries = [-PeakVotes().score(attn, hidden, keys) for attn, hidden, keys, _ in task.layers]
+            entries = [-PeakVotes().strongest_votes(*layer[:3]) for layer in task.layers]
         else:
             policy = GVote(seed=self.seed, budget=self.rule)
             entries = [gvote_entry(layer, policy) for layer in task.layers]
-        bar = -PeakVotes().bar
-        return keep_share(entries, self.share) if self.share else [layer <= bar for layer in entries]
+        if self.share is not None:
+            return keep_share(entries, self.share)
+        bar = PeakVotes().bar * min(1, 400 / task.n_prompt)
+        return [layer <= -bar for layer in entries]
 
 
 POLICIES = METHODS | {
@@ -296,9 +298,7 @@ def main():
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main()
+        generate.command(main)
     except KeyboardInterrupt:
         print("stopped: the same command goes on where it was", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))

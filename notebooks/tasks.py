@@ -292,6 +292,5 @@ def make_task(model: Llama, tokenizer, ids: Tensor, about: dict) -> Task:
     if about["kind"] in ("text", "code"):
         ids = ids[None].to(model.norm.weight.device)
         return Task(model, ids[:, : about["length"]], ids[:, about["length"] :], N_NEXT)
-    page = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    n_others = 2 * (about["kind"] == "one of three")
+    page, n_others = tokenizer.decode(ids), 2 * (about["kind"] == "one of three")
     return recall(model, tokenizer, needle(about["seed"], page=page, n_others=n_others), question_after=True)
