@@ -528,8 +528,8 @@ def main():
     print(f"\n{table}\n(one run each: times that differ by less than a third are the same within the noise)")
 
 
-def command():
-    """main, as a program: what a user can mend ends in one line, a bug in a traceback."""
+def command(program: Callable | None = None):
+    """main, or another program: what a user can mend ends in one line, a bug in a traceback."""
     # as in `>&-`
     if sys.stdout is None:
         sys.exit("error: standard output is closed")
@@ -537,7 +537,7 @@ def command():
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
-        main()
+        (program or main)()
     except BrokenPipeError:
         # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,7 +1,9 @@
-"""GVote's rivals, which are told how much to keep, and the oracle, which knows the future.
+"""GVote's rivals, which are told how much to keep, and the command of generate.py with all methods.
+
+python notebooks/baselines.py --policy full gvote h2o:0.5 kvzip:0.25
 
 All are policies, as described at `Policy` in gvote.py: policy(attn, hidden, keys, values) -> keep mask (B,
-H_kv, T). Only KVzip has to read the prompt once before it can be one.
+H_kv, T). Only KVzip has to read the prompt once before it can be one. Notebooks 4 and 5 measure them.
 
 Where NVIDIA's kvpress has the same method, the settings are its defaults, and the tests compare the kept
 keys. Every head keeps at least one key, however small the share. `METHODS`, at the end, lists the methods by
@@ -9,15 +11,26 @@ name. Letters for shapes as in gvote.py.
 """
 
 import math
+import signal
+import sys
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Ctrl-C shows no traceback, also while torch is being imported; SIGTERM removes temporary folders
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+# from wherever it is started
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import generate
 from generate import POLICIES, render
-from gvote import Policy, attention, layer_generator, top_p_mask
+from gvote import Policy, layer_generator
 from model import KVCache, Llama
 
 
@@ -77,9 +90,9 @@ class Random(FixedBudget):
     seed: int = 0
 
     def scores(self, attn, hidden, keys, values):
-        return torch.rand(keys.shape[:3], generator=layer_generator(attn, self.seed), dtype=torch.float32).to(
-            keys.device
-        )
+        generator = layer_generator(attn, self.seed)
+        noise = torch.rand(keys.shape[:3], generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(keys.device)
 
 
 class KeyNorm(FixedBudget):
@@ -104,11 +117,8 @@ class StreamingLLM(FixedBudget):
 
     def scores(self, attn, hidden, keys, values):
         position = torch.arange(keys.size(2), device=keys.device)
-        return (
-            position.where(position >= self.n_sink, 2 * keys.size(2) - position)
-            .float()
-            .expand(keys.shape[:3])
-        )
+        scores = position.where(position >= self.n_sink, 2 * keys.size(2) - position)
+        return scores.float().expand(keys.shape[:3])
 
 
 class H2O(FixedBudget):
@@ -116,7 +126,8 @@ class H2O(FixedBudget):
     has accumulated while the prompt was read (Zhang et al. 2023, arXiv 2306.14048)."""
 
     def scores(self, attn, hidden, keys, values):
-        n_tokens, chunk = keys.size(2), 256  # a few rows of the T x T attention at a time
+        # a few rows of the T x T attention at a time
+        n_tokens, chunk = keys.size(2), 256
         total = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         for first in range(0, n_tokens, chunk):
             last = min(first + chunk, n_tokens)
@@ -161,31 +172,25 @@ class ExpectedAttention(FixedBudget):
     def scores(self, attn, hidden, keys, values):
         n_tokens, dim = keys.shape[2:]
         n_sink = min(self.n_sink, n_tokens - 1)
-        unrotated = attn.queries(
-            hidden, torch.zeros(n_tokens, device=keys.device)
-        ).float()  # position 0: no rotation
+        # position 0: no rotation
+        unrotated = attn.queries(hidden, torch.zeros(n_tokens, device=keys.device)).float()
         future = torch.arange(n_tokens, n_tokens + self.n_future, device=keys.device)
         rotated = attn.queries(hidden[:, -1:].expand(-1, self.n_future, -1), future).float().mean(dim=2)
-        # the average rotation is what happened to the last token's query; channel i turns with channel i +
-        # D/2
-        before, after = (
-            torch.complex(*q.chunk(2, dim=-1)) for q in (unrotated[:, :, -1], rotated)
-        )  # (B, H, D/2)
+        # the average rotation is what happened to the last token's query; channel i turns with i + D/2
+        before, after = (torch.complex(*q.chunk(2, dim=-1)) for q in (unrotated[:, :, -1], rotated))
         turn = (after * before.conj()).sum(dim=(0, 1)) / before.abs().square().sum(dim=(0, 1))
         cos, sin = torch.diag(turn.real), torch.diag(turn.imag)
         unrotated = unrotated[:, :, n_sink:]  # (B, H, T - n_sink, D)
         mean = unrotated.mean(dim=2)
         centered = unrotated - mean[:, :, None]
         covariance = centered.mT @ centered / centered.size(2)  # (B, H, D, D)
-        rotation = torch.cat(
-            (torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1))
-        )  # the average one, (D, D)
+        # the average one, (D, D)
+        rotation = torch.cat((torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1)))
         mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
 
         k = keys[:, :, n_sink:].float().repeat_interleave(mean.size(1) // keys.size(1), dim=1)
-        log = (k @ mean[..., None]).squeeze(-1) / math.sqrt(dim) + ((k @ covariance) * k).sum(
-            dim=-1
-        ) / dim / 2
+        log = (k @ mean[..., None]).squeeze(-1) / math.sqrt(dim)
+        log = log + ((k @ covariance) * k).sum(dim=-1) / dim / 2
         expected = log.softmax(dim=-1).unflatten(1, (keys.size(1), -1)).mean(dim=2)  # (B, H_kv, T - n_sink)
         scores = F.pad(expected * values[:, :, n_sink:].norm(dim=-1), (n_sink, 0))
         scores[..., :n_sink] = never_dropped(scores, n_sink)
@@ -204,7 +209,7 @@ class AdaKV:
         n_keep = self.policy.n_keep(keys)
         scores = self.policy.scores(attn, hidden, keys, values)
         safe = keep_best(scores, max(1, int(self.floor * n_keep)))
-        scores = scores.masked_fill(safe, math.inf).flatten(1)  # (B, H_kv * T)
+        scores = scores.masked_fill(safe, math.inf).flatten(1)
         return keep_best(scores, n_keep * keys.size(1)).view_as(safe)
 
 
@@ -218,7 +223,7 @@ def read_again(model: Llama, ids: Tensor, again: Tensor, start: int, end: int, n
 
     def score(attn, hidden, keys, values):
         best = keys.new_zeros((*keys.shape[:2], end - start), dtype=torch.float32)
-        for first in range(n_tokens, len(position), 256):  # a few rows at a time
+        for first in range(n_tokens, len(position), 256):
             paid = observed_attention(attn, hidden, keys, first, min(first + 256, len(position)), seen)
             best = best.maximum(paid[..., start:end].amax(dim=(2, 3)))
         scores.append(best)
@@ -237,22 +242,20 @@ def requests(model: Llama, tokenizer, ids: Tensor, chunk: int = 2048) -> list[tu
     def encode(text):
         return ids.new_tensor(tokenizer(text, add_special_tokens=False).input_ids).expand(len(ids), -1)
 
-    turn = encode(
-        render(tokenizer, "<<prompt>>").partition("<<prompt>>")[2] if tokenizer.chat_template else "\n"
-    )
-    parts = []
+    template = render(tokenizer, "<<prompt>>") if tokenizer.chat_template else "<<prompt>>\n"
+    turn, parts = encode(template.partition("<<prompt>>")[2]), []
     for start in range(0, ids.size(1), chunk):
         if start == 0:
             request = encode("\n\nRepeat the previous context exactly.")
-        else:  # its last words say where
+        else:
+            # its last words say where
             request = encode("\n\nRepeat the part of the previous context exactly, starting with")
             request = torch.cat((request, ids[:, start - 8 : start]), dim=1)
         parts.append((start, torch.cat((request, turn, ids[:, start : start + chunk]), dim=1)))
     longest, context = ids.size(1) + max(again.size(1) for _, again in parts), model.config.context_length
     if longest > context:
-        raise ValueError(
-            f"KVzip reads the prompt twice: {longest} tokens exceed the model's context of {context}"
-        )
+        excess = f"{longest} tokens exceed the model's context of {context}"
+        raise ValueError(f"KVzip reads the prompt twice: {excess}")
     return parts
 
 
@@ -300,24 +303,8 @@ class KVzip:
         return lambda attn, hidden, keys, values: masks()[attn.layer]
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """GVote with perfect foresight: the true future queries select and unite, instead of sampled ones.
-
-    future: hidden states (B, S, C) of each layer, of the S tokens that follow the prompt in the full-cache
-    run.
-    """
-
-    future: list[Tensor]
-    top_p: float = 0.95
-
-    def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        after = self.future[attn.layer]
-        positions = torch.arange(keys.size(2), keys.size(2) + after.size(1), device=keys.device)
-        return top_p_mask(attention(attn.queries(after, positions), keys), self.top_p).any(dim=2)
-
-
-METHODS = POLICIES | {  # those of generate.py, and others, which are made from the share of keys to keep
+# those of generate.py, and others, which are made from the share of keys to keep
+METHODS = POLICIES | {
     "kvzip": KVzip,
     "h2o": H2O,
     "expected_attention": ExpectedAttention,
@@ -328,3 +315,7 @@ METHODS = POLICIES | {  # those of generate.py, and others, which are made from 
     "key_diff": KeyDiff,
     "random": Random,
 }
+
+if __name__ == "__main__":
+    generate.POLICIES.update(METHODS)
+    generate.command()

@@ -1,4 +1,4 @@
-"""The ladder of notebook 5: from GVote to the oracle, one change at a time.
+"""The ladder of notebook 5: from GVote to the oracle, one change at a time. It writes nothing.
 
 A voter is a hidden state at a position. Projected and rotated it is a query, and its vote for a key is
 the share of its attention that the key gets. A rung of the ladder is a pair of functions, for one layer:
@@ -30,12 +30,12 @@ from tasks import Task, code, continuation, entry, keep_share, needle, prose, re
 def vote(task: Task, layer: int, hidden: Tensor, positions: Tensor) -> Tensor:
     """The votes of hidden states (1, N, C) at positions (N,): those of all query heads that share keys."""
     attn, _, keys, _ = task.layers[layer]
-    return attention(attn.queries(hidden, positions), keys)
+    return attention(attn.queries(hidden, positions.to(keys.device)), keys)
 
 
 def following(task: Task, n: int) -> Tensor:
     """GVote's positions: the next one, the one after it, and so on."""
-    return task.n_prompt + torch.arange(n)
+    return torch.arange(task.n_prompt, task.n_prompt + n)
 
 
 def samples_256(task: Task, layer: int, n: int = 256) -> Tensor:
@@ -51,15 +51,15 @@ def correlated_256(task: Task, layer: int) -> Tensor:
     """Random mixtures of the prompt's own deviations from their mean have just its covariance."""
     attn, hidden, _, _ = task.layers[layer]
     mean = hidden.mean(dim=1, keepdim=True)
-    mix = torch.randn(256, task.n_prompt, generator=layer_generator(attn, task.seed)) / math.sqrt(
-        task.n_prompt
-    )
+    mix = torch.randn(256, task.n_prompt, generator=layer_generator(attn, task.seed), device="cpu")
+    mix = mix.to(hidden.device) / math.sqrt(task.n_prompt)
     return vote(task, layer, mean + mix @ (hidden - mean), following(task, 256))
 
 
 def some_real(task: Task, layer: int) -> Tensor:
     attn, hidden, _, _ = task.layers[layer]
-    return hidden[:, torch.randint(task.n_prompt, (256,), generator=layer_generator(attn, task.seed))]
+    generator = layer_generator(attn, task.seed)
+    return hidden[:, torch.randint(task.n_prompt, (256,), generator=generator, device="cpu")]
 
 
 def real_256(task: Task, layer: int) -> Tensor:
@@ -79,7 +79,7 @@ def every_4th(task: Task, layer: int) -> Tensor:
     return every_token(task, layer, step=4)
 
 
-def second_reading(task: Task, layer: int) -> Tensor:
+def read_twice(task: Task, layer: int) -> Tensor:
     """KVzip's: the prompt's tokens, read once more. Only the strongest vote for each key is there."""
     if not hasattr(task, "second"):
         task.second = baselines.second_reading(task.model, task.tokenizer, task.prompt)
@@ -126,7 +126,8 @@ def bar(votes: Tensor) -> Tensor:
 
 Rung = tuple[Callable, Callable]  # voters, count
 PEAK_VOTES = "one bar: PeakVotes"
-CHANGED: dict[str, dict[str, Rung]] = {  # each rung changes one thing in the one before it
+# each rung changes one thing in the one before it
+CHANGED: dict[str, dict[str, Rung]] = {
     "other voters": {
         "256 samples": (samples_256, union),
         "full covariance": (correlated_256, union),
@@ -139,18 +140,20 @@ CHANGED: dict[str, dict[str, Rung]] = {  # each rung changes one thing in the on
         "one nucleus a layer": (every_token, layer_nucleus),
         PEAK_VOTES: (every_token, bar),
     },
-    "voters out of reach": {  # compared with PeakVotes
-        "second reading (KVzip)": (second_reading, bar),
+    # compared with PeakVotes
+    "voters out of reach": {
+        "second reading (KVzip)": (read_twice, bar),
         "true future: oracle": (future, bar),
         "oracle, GVote's union": (future, union),
         "8 of the true future": (future_8, union),
     },
 }
 OUT_OF_REACH = CHANGED["voters out of reach"]
-POLICIES: dict[str, Rung] = {"GVote": (samples_8, union)}
-POLICIES |= CHANGED["other voters"] | CHANGED["another count"]
-LADDER = POLICIES | OUT_OF_REACH
-BESIDE: dict[str, Rung] = OUT_OF_REACH | {"every 4th token votes": (every_4th, bar)}  # beside PeakVotes
+REACHABLE: dict[str, Rung] = {"GVote": (samples_8, union)}
+REACHABLE |= CHANGED["other voters"] | CHANGED["another count"]
+LADDER = REACHABLE | OUT_OF_REACH
+# beside PeakVotes
+BESIDE: dict[str, Rung] = OUT_OF_REACH | {"every 4th token votes": (every_4th, bar)}
 
 
 def kept_by(task: Task, rung: Rung, share: float = 0.25) -> list[Tensor]:
@@ -171,7 +174,8 @@ def climb(tasks: list[Task], rungs: dict[str, Rung]) -> dict[str, list[dict]]:
             start = process_time()
             masks.append(kept_by(task, rung))
             cost.append((process_time() - start) / prefill)
-            if rung[0] is second_reading:  # it reads the prompt twice: only the second counts
+            # only the second reading counts
+            if rung[0] is read_twice:
                 cost[-1] -= 1
         for name, *row in zip(rungs, masks, cost, task.test(masks), strict=True):
             rows[name].append({"masks": row[0], "cost": row[1], **row[2]})
@@ -188,23 +192,21 @@ def factor(rows: list[dict], before: list[dict]) -> str:
     return with_interval(*ratio([row["kl"] for row in rows], [row["kl"] for row in before]))
 
 
-def table(
-    found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung], against: str = ""
-) -> list[list[str]]:
-    """A line for each of these rungs; found: text, needles and padlock -> what `climb` found. Factors compare
-    with one rung, or, if none is given, with the one before."""
-    rows = [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]]
+def steps(found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung], against="") -> list[list[str]]:
+    """A table with a line for each of these rungs; found: text, needles and padlock -> what `climb` found.
+    Factors compare with one rung, or, if none is given, with the one before."""
+    lines = [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]]
     before = against
     for name, (voters, _) in rungs.items():
         text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
-        factors = [
-            factor(found[kind][name], found[kind][before]) if before else "" for kind in ("text", "needles")
-        ]
+        factors = ["", ""]
+        if before:
+            factors = [factor(found[kind][name], found[kind][before]) for kind in ("text", "needles")]
         answered = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
         cost = "-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"
-        rows.append([name, *factors, answered, "right" if padlock["exact"] else "wrong", cost])
+        lines.append([name, *factors, answered, "right" if padlock["exact"] else "wrong", cost])
         before = against or name
-    return rows
+    return lines
 
 
 # ---- What it is climbed with
@@ -218,9 +220,7 @@ def padlock(model: Llama, tokenizer, prompt: Tensor) -> Task:
     return task
 
 
-def instances(
-    model: Llama, tokenizer, kind: str, n: int, n_prompt: int = 512, n_chars: int = 1600
-) -> list[Task]:
+def tasks_of(model: Llama, tokenizer, kind: str, n: int, n_prompt=512, n_chars=1600) -> list[Task]:
     """The first n pages of prose or modules of code, cut after n_prompt tokens, or the first n needles that
     the full cache answers, in n_chars of text."""
     if kind == "needle":
@@ -274,9 +274,8 @@ def give_back(task: Task, masks: list[Tensor], heads: Sequence[int]) -> list[Ten
 
 def given_back(tasks: list[Task], rows: list[dict], heads: Sequence[int]) -> tuple[float, float]:
     """Mean KL, and how many answers are right, if what `climb` found gets the note back in these heads."""
-    tested = [
-        task.test([give_back(task, row["masks"], heads)])[0] for task, row in zip(tasks, rows, strict=True)
-    ]
+    pairs = zip(tasks, rows, strict=True)
+    tested = [task.test([give_back(task, row["masks"], heads)])[0] for task, row in pairs]
     return sum(row["kl"] for row in tested) / len(tested), sum(row["exact"] for row in tested)
 
 

@@ -12,6 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from model import PAGE, KVCache, Llama, Table
+from stats import print_table
 from tasks import heads_that_read, place
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
@@ -138,15 +139,6 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     axis.set_ylim(line + 1, 0)
     figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
     return figure
-
-
-def print_table(rows: list[list[str]]):
-    """The first column stands on the left, the others on the right; each is as wide as need be."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
-        print("   ".join((f"{first:{widths[0]}}", *cells)))
-    print()
 
 
 # Notebook 1: GVote on one head

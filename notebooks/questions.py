@@ -35,7 +35,7 @@ from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
 from speed import device_name
 from stats import bootstrap, ratio, wilson
-from tasks import NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
+from tasks import LENGTHS, NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
@@ -572,13 +572,18 @@ def by_name(number: int, columns: Iterable[str], rows: dict[str, str | tuple[str
 
 
 def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
-    """From the results of lengths.py: rule -> tokens -> share kept (%) of 12 pages with a needle: mean and
-    95% interval."""
-    from tables import LENGTHS, rows  # reads that file
+    """From notebook 4's results: rule -> tokens -> share kept (%) of 12 pages with a needle: mean and 95%
+    interval."""
+    import evaluate
 
+    def shares(name: str, n_tokens: int) -> list[float]:
+        found = evaluate.select(rows, name, n_tokens, ["needle"])
+        return [100 * row["kept"] for row in found]
+
+    rows, names = evaluate.read(evaluate.EXPERIMENTS), ("gvote", "gvote_current_query")
     return {
-        rule: {n: bootstrap([100 * share for share, *_ in rows(name, "own", n, "needle")]) for n in LENGTHS}
-        for rule, name in zip(RULES, ("GVote", "GVote, paper's rule"), strict=True)
+        rule: {n_tokens: bootstrap(shares(name, n_tokens)) for n_tokens in LENGTHS}
+        for rule, name in zip(RULES, names, strict=True)
     }
 
 

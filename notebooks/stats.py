@@ -36,3 +36,12 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
 def with_interval(mean: float, low: float, high: float) -> str:
     """A ratio and its interval as a table shows them: "2.71 (2.05-3.69)", and from 10 on without decimals."""
     return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in (mean, low, high)))
+
+
+def print_table(rows: list[list[str]]):
+    """The first column stands on the left, the others on the right; each is as wide as need be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        print("   ".join((f"{first:{widths[0]}}", *cells)))
+    print()

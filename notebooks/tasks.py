@@ -1,5 +1,4 @@
-"""What a compressed cache is tested on: real text that goes on, a needle in a haystack, a pattern with
-examples.
+"""What a compressed cache is tested on: real text that goes on, and a needle in a haystack.
 
 Each task is a prompt, whose cache a policy compresses, and tokens that follow it. How far are the model's
 predictions of these from those with the full cache, and does it still know the answer?
@@ -7,6 +6,8 @@ predictions of these from those with the full cache, and does it still know the 
 
 import inspect
 import random
+import re
+import sys
 from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from pydoc_data.topics import topics
@@ -51,8 +52,9 @@ def heads_that_read(model: Llama, prompt: Tensor, answer: list[int], positions: 
     """The heads, numbered through all layers, in which a token of the answer pays more than half of its
     attention to the prompt (1, T) to the keys at these positions."""
     n_tokens, paid = prompt.size(1), []
-    for attn, hidden, keys, _ in record(model, torch.cat((prompt, torch.tensor([answer])), dim=1)):
-        queries = attn.queries(hidden[:, n_tokens:], n_tokens + torch.arange(len(answer)))
+    at = torch.arange(n_tokens, n_tokens + len(answer), device=prompt.device)
+    for attn, hidden, keys, _ in record(model, torch.cat((prompt, prompt.new_tensor([answer])), dim=1)):
+        queries = attn.queries(hidden[:, n_tokens:], at)
         probs = attention(queries, keys[:, :, :n_tokens])[0]  # (H_kv, G * N, T)
         paid.append(probs[..., positions].sum(dim=-1).amax(dim=-1))
     return (torch.cat(paid) > 0.5).nonzero().flatten().tolist()
@@ -68,15 +70,18 @@ class Task:
     def __init__(self, model: Llama, prompt: Tensor, after: Tensor, n_answer: int):
         n_prompt = prompt.size(1)
         self.model, self.prompt, self.n_prompt, self.after = model, prompt, n_prompt, after
-        self.n_scored = min(n_answer, after.size(1) - 1)  # no cache is needed for the prompt's own prediction
+        # no cache is needed for the prompt's own prediction
+        self.n_scored = min(n_answer, after.size(1) - 1)
         layers = record(model, torch.cat((prompt, after), dim=1))
-        self.layers = [  # each policy compresses these, without reading the prompt again
+        # each policy compresses these, without reading the prompt again
+        self.layers = [
             (attn, hidden[:, :n_prompt], keys[:, :, :n_prompt], values[:, :, :n_prompt])
             for attn, hidden, keys, values in layers
         ]
         future = [hidden[:, n_prompt:] for _, hidden, _, _ in layers]
         positions = torch.arange(n_prompt, n_prompt + after.size(1), device=after.device)
-        self.attention = [  # of the true future queries to the prompt, each (1, H_kv, G * N, T)
+        # of the true future queries to the prompt, each (1, H_kv, G * N, T)
+        self.attention = [
             attention(attn.queries(hidden, positions), keys)
             for (attn, _, keys, _), hidden in zip(self.layers, future, strict=True)
         ]
@@ -86,16 +91,13 @@ class Task:
     def predict(self, variants: list[list[Tensor]]) -> Tensor:
         """Log probabilities (variants, n_scored, V) of the answer's tokens after variants of the prompt's
         cache: each is a list of keep masks, one a layer. They are read as one batch."""
-        cache = KVCache(self.model.config, len(variants), self.after.size(1))
+        n = len(variants)
+        cache = KVCache(self.model.config, n, self.after.size(1))
         for (attn, _, keys, values), *masks in zip(self.layers, *variants, strict=True):
-            cache.fill(
-                attn.layer, *(x.expand(len(masks), -1, -1, -1) for x in (keys, values)), torch.cat(masks)
-            )
+            cache.fill(attn.layer, *(x.expand(n, -1, -1, -1) for x in (keys, values)), torch.cat(masks))
         cache.advance(self.n_prompt)
-        logits = self.model(self.after[:, :-1].expand(len(variants), -1), cache, all_logits=True)[
-            :, -self.n_scored :
-        ]
-        return logits.float().log_softmax(dim=-1)
+        logits = self.model(self.after[:, :-1].expand(n, -1), cache, all_logits=True)
+        return logits[:, -self.n_scored :].float().log_softmax(dim=-1)
 
     def exact(self, log_probs: Tensor) -> bool:
         """Is each token of the answer the likeliest one? Then greedy decoding gives the answer word for
@@ -107,16 +109,14 @@ class Task:
 
         exact  1 if greedy decoding gives the answer word for word, else 0
         kl     divergence from the full cache's predictions, nats per token
-        held   share of the true future queries' attention to the prompt that falls on kept keys, mean of all
-        heads
         """
-        results, paid = [], torch.cat([true.mean(dim=2) for true in self.attention])  # (layers, H_kv, T)
-        n = max(1, 512 // self.after.size(1))  # so many at a time: the weights are read once for all of them
+        results = []
+        # so many at a time: the weights are read once for all of them
+        n = max(1, 512 // self.after.size(1))
         for part in (variants[i : i + n] for i in range(0, len(variants), n)):
-            for masks, log_probs in zip(part, self.predict(part), strict=True):
+            for log_probs in self.predict(part):
                 kl = (self.full.exp() * (self.full - log_probs)).sum(dim=-1).mean().item()
-                held = (paid * torch.cat(masks)).sum(dim=-1).mean().item()
-                results.append({"exact": float(self.exact(log_probs)), "kl": kl, "held": held})
+                results.append({"exact": float(self.exact(log_probs)), "kl": kl})
         return results
 
 
@@ -169,11 +169,10 @@ def continuation(model: Llama, tokenizer, text: str, n_prompt: int = 768, n_next
 
 def recall(model: Llama, tokenizer, texts: tuple[str, str, str], question_after: bool) -> Task:
     """(context, question, answer) as a task. Is the question in the compressed prompt, or read after it?"""
-    context = encode(tokenizer, texts[0], chat=False)
+    context = encode(tokenizer, texts[0], chat=False).to(model.norm.weight.device)
     question, answer = (
-        tokenizer(t, add_special_tokens=False, return_tensors="pt").input_ids for t in texts[1:]
+        context.new_tensor([tokenizer(text, add_special_tokens=False).input_ids]) for text in texts[1:]
     )
-    context, question, answer = (ids.to(model.norm.weight.device) for ids in (context, question, answer))
     if question_after:
         return Task(model, context, torch.cat((question, answer), dim=1), answer.size(1))
     return Task(model, torch.cat((context, question), dim=1), answer, answer.size(1))
@@ -201,19 +200,26 @@ def code() -> dict[str, str]:
     }
 
 
-# Texts for the tables at three lengths (lengths.py) alone: nothing in this repo was chosen on them
+# Texts for evaluate.py alone: nothing in this repo was chosen on them. requirements.txt pins the packages
+# they come from, so they are the same on every machine and in every Python
 
 
 def docstrings() -> list[str]:
     """The docstrings of NumPy and pyplot of more than 3,000 characters, in random order."""
     import matplotlib.pyplot as plt
     import numpy as np
+    import numpy.fft  # noqa: F401
 
-    spaces = (np, np.linalg, np.random, plt)
-    found = {inspect.getdoc(x) or "" for space in spaces for name, x in vars(space).items() if name[0] != "_"}
-    return random.Random(0).sample(
-        longest := sorted(text for text in found if len(text) > 3000), len(longest)
-    )
+    # np has its packages only once they are imported: fft is among these texts, polynomial is not
+    named = [(name, x) for space in (np, np.linalg, np.random, plt) for name, x in vars(space).items()]
+    found = {inspect.getdoc(x) or "" for name, x in named if name[0] != "_" and name != "polynomial"}
+    # Python 3.13 has stripped the indentation before NumPy adds this paragraph, which then stands out
+    added = re.compile(r"^like : array_like, optional(\n {8}.*)+", re.MULTILINE)
+    found = {added.sub(lambda lines: lines[0].replace("\n    ", "\n"), text) for text in found}
+    longest = sorted(text for text in found if len(text) > 3000)
+    shuffled = random.Random(0).sample(longest, len(longest))
+    # pyplot imports sys, whose docstring differs from Python to Python
+    return [text for text in shuffled if text != inspect.getdoc(sys)]
 
 
 def modules() -> dict[str, str]:
@@ -247,10 +253,44 @@ def needle(seed: int, n_chars: int = 1600, page: str = "", n_others: int = 0) ->
     return "\n".join(lines), f"\n\nThe special magic number for {thing} is", f" {digits}."
 
 
-def pattern(seed: int) -> tuple[str, str, str]:
-    """Thirty examples of a rewriting, and a new case."""
-    rng = random.Random(seed)
-    pairs = [(rng.choice(NAMES), rng.choice(THINGS)) for _ in range(31)]
-    lines = [f"{name} likes the {thing}. -> The {thing} is liked by {name}." for name, thing in pairs]
-    question, answer = lines.pop().split(" ->")
-    return "\n".join(lines), f"\n{question} ->", answer
+# Prompts for evaluate.py: needles, texts and code, and numbers of which one of three is asked for
+
+KINDS = ("needle", "text", "code", "one of three")
+# notebook 4's
+LENGTHS, N_NEEDLES, N_TEXTS = (400, 1500, 4000), 12, 4
+# tokens by which a text goes on
+N_NEXT = 64
+
+
+def plan(lengths, n_needles: int, n_texts: int) -> list[tuple[int, str, int]]:
+    """Length, kind and number of each prompt. Half as many as needles have three numbers."""
+    counts = dict(zip(KINDS, (n_needles, n_texts, n_texts, n_needles // 2), strict=True))
+    return [(length, kind, i) for length in lengths for kind, n in counts.items() for i in range(n)]
+
+
+def prompts(tokenizer, lengths=LENGTHS, n_needles=N_NEEDLES, n_texts=N_TEXTS) -> list[tuple[Tensor, dict]]:
+    """Of each prompt the tokens (T,), of which none is in two prompts, and its length, kind, number and seed.
+    Raises ValueError where the texts end."""
+    prose = [encode(tokenizer, "\n\n".join(docstrings()), chat=False)[0]]
+    code = [encode(tokenizer, source, chat=False)[0] for source in modules().values()]
+    asked, found = plan(lengths, n_needles, n_texts), {}
+    # those of notebook 4 are cut first, so that they are the same whatever is asked for
+    for key in dict.fromkeys(plan(LENGTHS, N_NEEDLES, N_TEXTS) + asked):
+        length, kind, number = key
+        texts, n_tokens = (code if kind == "code" else prose), length + N_NEXT * (kind in ("text", "code"))
+        place = number % len(texts)
+        ids, texts[place] = texts[place][:n_tokens], texts[place][n_tokens:]
+        if len(ids) < n_tokens:
+            raise ValueError(f"no text is left for {kind} {number + 1} of {length} tokens: ask for less")
+        about = {"length": length, "kind": kind, "number": number, "seed": len(found) + 1}
+        found[key] = ids, about
+    # so a stopped run has some of each kind
+    return [found[key] for key in sorted(dict.fromkeys(asked), key=lambda key: (key[0], key[2]))]
+
+
+def make_task(model: Llama, tokenizer, ids: Tensor, about: dict) -> Task:
+    if about["kind"] in ("text", "code"):
+        ids = ids[None].to(model.norm.weight.device)
+        return Task(model, ids[:, : about["length"]], ids[:, about["length"] :], N_NEXT)
+    page, n_others = tokenizer.decode(ids), 2 * (about["kind"] == "one of three")
+    return recall(model, tokenizer, needle(about["seed"], page=page, n_others=n_others), question_after=True)

@@ -30,7 +30,7 @@ from generate import (
     prepare,
     render,
 )
-from gvote import GVote, PeakVotes, attention, top_p_mask
+from gvote import GVote, PeakVotes, top_p_mask
 from model import KVCache, Llama, LlamaConfig
 from tasks import record
 from test_gvote import TINY, random_ids, tiny_llama
@@ -92,27 +92,55 @@ def test_snapkv_keeps_the_newest_of_its_window():
         baselines.SnapKV(0.5, kernel=4)
 
 
+@pytest.fixture(scope="module")
+def small() -> Llama:
+    """It reads the default model's tokens."""
+    return tiny_llama(vocab_size=49152)
+
+
 @pytest.mark.parametrize("name", baselines.METHODS)
 @pytest.mark.parametrize("share", [0.001, 0.5])
-def test_every_method_reads_the_shortest_prompts(name, share, llama, tokenizer):
+def test_every_method_reads_the_shortest_prompts(name, share, small, tokenizer):
+    n_heads = TINY.n_layer * TINY.n_kv_head
     for n_tokens in (1, 2, 3, 4, 5, 30):
-        ids, cache = torch.arange(20, 20 + n_tokens)[None], KVCache(llama.config)
+        ids, cache = torch.arange(20, 20 + n_tokens)[None], KVCache(TINY)
         method = make_policy(f"{name}:{share}", baselines.METHODS)
-        llama(ids, cache, prepare(method, llama, tokenizer, ids))
-        if name not in POLICIES:  # those have no share
-            assert cache.kept.sum() == 90 * max(1, int(share * n_tokens)) or name == "kvzip"
-            assert cache.kept.sum() == max(90, int(90 * share * n_tokens)) or name != "kvzip"
-            assert cache.kept.min() >= 1 or share == 0.5  # a head may leave its share to others
+        small(ids, cache, prepare(method, small, tokenizer, ids))
+        # those have no share
+        if name in POLICIES:
+            continue
+        if name == "kvzip":
+            assert cache.kept.sum() == max(n_heads, int(n_heads * share * n_tokens))
+        else:
+            assert cache.kept.sum() == n_heads * max(1, int(share * n_tokens))
+        # a head may leave its share to others
+        assert cache.kept.min() >= 1 or share == 0.5
 
 
-def test_oracle_knows_the_future():
-    model, ids = tiny_llama(), random_ids(60)
-    layers, longer = record(model, ids[:, :50]), record(model, ids)
-    oracle = baselines.Oracle([hidden[:, 50:] for _, hidden, _, _ in longer], top_p=0.9)
-    for layer, (attn, hidden, _, _) in zip(layers, longer, strict=True):
-        true_queries = attn.queries(hidden, torch.arange(60))[:, :, 50:]
-        expected = top_p_mask(attention(true_queries, layer[2]), 0.9).any(dim=2)
-        assert torch.equal(oracle(*layer), expected)
+@pytest.mark.parametrize("name", baselines.METHODS)
+def test_no_method_makes_a_tensor_on_the_default_device(name, small, tokenizer):
+    """On a GPU, a tensor made without a device would be on the CPU."""
+    ids = torch.arange(20, 120)[None]
+    method = make_policy(f"{name}:0.3", baselines.METHODS)
+
+    def masks() -> list[torch.Tensor]:
+        policy = prepare(method, small, tokenizer, ids)
+        return [policy(*layer) for layer in record(small, ids)]
+
+    expected = masks()
+    try:
+        torch.set_default_device("meta")
+        found = masks()
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.fixture(scope="session")
+def hf_llama():
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -127,59 +155,59 @@ def test_oracle_knows_the_future():
         ("AdaKVPress ExpectedAttentionPress", baselines.AdaKV(baselines.ExpectedAttention(0.4))),
     ],
 )
-def test_baselines_keep_what_kvpress_keeps(llama, real_layers, tokenizer, name, policy):
+def test_baselines_keep_what_kvpress_keeps(hf_llama, real_layers, tokenizer, name, policy):
     """On the default model. H2O has no counterpart: ObservedAttentionPress averages, and has no recent
     half."""
     import kvpress
-    from transformers import DynamicCache, LlamaForCausalLM
+    from transformers import DynamicCache
 
-    n_tokens = 512
+    n_tokens = 256
     *wrappers, press = name.split()
     press = getattr(kvpress, press)(compression_ratio=0.6)
     for wrapper in wrappers:
         press = getattr(kvpress, wrapper)(press)
-    theirs = LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
     cache = DynamicCache()
-    with torch.no_grad(), press(theirs):
-        theirs(encode(tokenizer, topics["import"], chat=False)[:, :n_tokens], past_key_values=cache)
+    with torch.no_grad(), press(hf_llama):
+        hf_llama(encode(tokenizer, topics["import"], chat=False)[:, :n_tokens], past_key_values=cache)
 
     different = 0
     for attn, hidden, keys, values in real_layers:
         hidden, keys, values = hidden[:, :n_tokens], keys[:, :, :n_tokens], values[:, :, :n_tokens]
         keep = policy(attn, hidden, keys, values)
         expected = torch.ones_like(keep)
-        module = theirs.model.layers[attn.layer].self_attn
-        if wrappers:  # kvpress only masks where heads differ
+        module = hf_llama.model.layers[attn.layer].self_attn
+        # kvpress only masks where heads differ
+        if wrappers:
             expected[module.masked_key_indices] = False
         else:
             positions = torch.cdist(cache.layers[attn.layer].keys[0], keys[0]).argmin(dim=-1)
             expected = torch.zeros_like(keep).scatter_(-1, positions[None], True)
         assert torch.equal(keep.sum(dim=(1, 2)), expected.sum(dim=(1, 2)))
         different += (keep != expected).sum().item()
-    assert different <= 1e-4 * len(real_layers) * keep.numel()  # ties: float32 sums in another order
+    # ties: float32 sums in another order
+    assert different <= 2e-4 * len(real_layers) * keep.numel()
 
 
-def test_kvzip_keeps_what_kvpress_keeps(llama, tokenizer, monkeypatch):
+def test_kvzip_keeps_what_kvpress_keeps(llama, hf_llama, tokenizer, monkeypatch):
     """On the default model, in one chunk and in three. Theirs leaves out the first tokens, as many as the
     chat template puts before a message, whether the prompt has them or not: here they get a template that
     puts nothing there."""
     kvpress = pytest.importorskip("kvpress")
-    from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
     folder = checkpoint_folder(DEFAULT)
     their_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     turn = render(tokenizer, "<<p>>").partition("<<p>>")[2]
     their_tokenizer.chat_template = f"{{{{ messages[0]['content'] + {turn!r} }}}}"
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: their_tokenizer)
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids, second_reading = encode(tokenizer, topics["import"], chat=False)[:, :500], baselines.second_reading
-    for chunk in (2048, 200):
-        with torch.no_grad(), kvpress.KVzipPress(compression_ratio=0.6, chunk_size=chunk)(theirs):
-            theirs(input_ids=ids, past_key_values=DynamicCache())
+    ids, second_reading = encode(tokenizer, topics["import"], chat=False)[:, :150], baselines.second_reading
+    for chunk in (2048, 60):
+        with torch.no_grad(), kvpress.KVzipPress(compression_ratio=0.6, chunk_size=chunk)(hf_llama):
+            hf_llama(input_ids=ids, past_key_values=DynamicCache())
         monkeypatch.setattr(baselines, "second_reading", partial(second_reading, chunk=chunk))
         keep = baselines.KVzip(0.4).masks(llama, tokenizer, ids)
         expected = torch.ones_like(keep)
-        for layer, module in zip(expected, theirs.model.layers, strict=True):
+        for layer, module in zip(expected, hf_llama.model.layers, strict=True):
             layer[module.self_attn.masked_key_indices] = False
         assert keep.sum() == expected.sum() == 0.4 * keep.numel() and keep[..., :4].all()
         assert (keep != expected).sum() <= 1e-4 * keep.numel()  # ties: float32 sums in another order
@@ -230,8 +258,7 @@ def test_methods_are_made_from_their_names():
         make_policy("kvzip:nan", baselines.METHODS)
 
 
-def test_compare_is_the_command_with_all_methods(llama):
-    script = Path(__file__).parents[1] / "compare.py"
+def test_baselines_is_the_command_with_all_methods(tokenizer):
     args = [
         "The code is 7425.",
         "--policy",
@@ -242,24 +269,22 @@ def test_compare_is_the_command_with_all_methods(llama):
         "--device",
         "cpu",
     ]
-    done = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, encoding="utf-8")
+    command = [sys.executable, baselines.__file__, *args]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^kvzip:0.5 +50%", done.stdout, re.M) and re.search(
-        r"^h2o:0.5 +\d\d%", done.stdout, re.M
-    )
+    assert re.search(r"^kvzip:0.5 +50%", done.stdout, re.M)
+    assert re.search(r"^h2o:0.5 +\d\d%", done.stdout, re.M)
 
 
 # ---- tasks.py
 
 
-@pytest.mark.parametrize("make", [tasks.needle, tasks.pattern])
-def test_tasks_can_be_answered_and_repeated(make):
+def test_needles_can_be_found_and_repeated():
     for seed in range(20):
-        context, question, answer = make(seed)
-        assert make(seed) == (context, question, answer) != make(seed + 1)
+        context, question, answer = tasks.needle(seed)
+        assert tasks.needle(seed) == (context, question, answer) != tasks.needle(seed + 1)
         words = re.findall(r"\w+", answer)
-        assert words and all(word in context + question for word in words if word not in ("The", "is", "by"))
-        assert answer not in question
+        assert words and all(word in context for word in words) and answer not in question
 
 
 def test_needle_lies_in_a_haystack_of_the_wanted_length():
@@ -283,14 +308,9 @@ def test_task_measures_what_a_cache_forgot(llama, tokenizer, question_after):
     )
     no_digits = ~F.pad(digits, (0, task.n_prompt - len(digits))).expand(1, 3, -1)
     full, blind, again = task.test([task.everything, [no_digits] * 30, task.everything])
-    assert (
-        task.exact(task.full)
-        and full["exact"] == 1
-        and abs(full["kl"]) < 1e-6
-        and full["held"] == pytest.approx(1)
-    )
+    assert task.exact(task.full) and full["exact"] == 1 and abs(full["kl"]) < 1e-6
     assert full == pytest.approx(again, abs=1e-6)
-    assert blind["exact"] == 0 and blind["kl"] > 1 and 0.5 < blind["held"] < 1
+    assert blind["exact"] == 0 and blind["kl"] > 1
     (alone,) = task.test([[no_digits] * 30])
     assert blind == pytest.approx(alone, rel=1e-3)
 
@@ -328,13 +348,13 @@ def test_keep_share_is_one_threshold_for_all_layers(share):
 
 
 def test_rungs_keep_what_the_methods_keep(llama, tokenizer):
-    (task,) = ladder.instances(llama, tokenizer, "needle", 1, n_chars=400)
+    (task,) = ladder.tasks_of(llama, tokenizer, "needle", 1, n_chars=400)
     policies = {"GVote": GVote(0.9, seed=task.seed), ladder.PEAK_VOTES: PeakVotes(0.1)}
     for name, policy in policies.items():
         voters, count = ladder.LADDER[name]
         for layer in task.layers:
             assert torch.equal(count(voters(task, layer[0].layer)) <= 0.9, policy(*layer))
-    second = [ladder.bar(ladder.second_reading(task, layer)) for layer in range(len(task.layers))]
+    second = [ladder.bar(ladder.read_twice(task, layer)) for layer in range(len(task.layers))]
     for layer in second:
         layer[..., :4] = -1  # KVzip keeps the first four tokens in any case
     zipped = baselines.KVzip(0.25).masks(llama, tokenizer, task.prompt)
@@ -344,7 +364,7 @@ def test_rungs_keep_what_the_methods_keep(llama, tokenizer):
 
 
 def test_a_note_is_given_back_to_some_heads(llama, tokenizer):
-    (task,) = ladder.instances(llama, tokenizer, "needle", 1, n_chars=400)
+    (task,) = ladder.tasks_of(llama, tokenizer, "needle", 1, n_chars=400)
     nothing = [torch.zeros_like(layer) for layer in task.everything]
     back = torch.stack(ladder.give_back(task, nothing, [3, 89]))[:, 0]  # (layers, H_kv, T)
     assert back.any(dim=-1).nonzero().tolist() == [[1, 0], [29, 2]]
@@ -685,13 +705,6 @@ def press_masks(press, model, ids, cache=None, **kwargs) -> list:
         if dropped is not None:
             masks[-1][dropped] = False
     return masks
-
-
-@pytest.fixture(scope="session")
-def hf_llama():
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(checkpoint_folder(DEFAULT), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("policy", [GVote(), GVote(budget="current_query"), PeakVotes()])
