@@ -17,7 +17,7 @@ from IPython.display import Markdown, display
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from model import PAGE, KVCache, Table
+from model import BLOCK, KVCache, Table
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -385,31 +385,35 @@ def do_longer_prompts_keep_less(pages: dict[str, dict]):
 
 
 def where_do_rows_go(cache: KVCache, layer: int):
-    """Where do the rows of a layer's table go? On the left which keys each head kept, on the right the pages
-    of the layer's table. The cache is of one prompt."""
+    """Where do the rows of a layer's table go? On the left which keys each head kept, on the right the table,
+    32 rows a line. The cache is of one prompt."""
     table, n_tokens = cache.layers[layer], cache.prompt_length
     figure, (dense, rows) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(56, 38))
+    head_ends = [first + table.room for first in table.first_new.tolist()]
     for head, color in enumerate((BLUE, ORANGE, GREEN)):
         kept = cache.kept_positions(layer, head).tolist()
         dropped = {"marker": "s", "color": GREY, "alpha": 0.25, "label": "a dropped key"}
         dense.scatter(range(n_tokens), [head] * n_tokens, s=19, **dropped)
         dense.scatter(kept, [head] * len(kept), s=19, marker="s", color=color)
-        first = table.first_row[head]
-        new, rest = first + len(kept), first + len(kept) + table.reserved
-        empty = {"facecolor": "white", "edgecolor": color}
-        for start, stop, style, label in (
-            (first, new, {"color": color}, "a kept key"),
-            (new, rest, empty, "reserved for a new token"),
-            (rest, -(-rest // PAGE) * PAGE, {"color": GREY, "marker": "x"}, "the rest of a page"),
+        new, end = head_ends[head] - table.room, head_ends[head]
+        for at, style in (
+            (torch.arange(new - len(kept), new), {"color": color, "label": "a kept key"}),
+            (
+                torch.arange(new, end),
+                {"facecolor": "white", "edgecolor": color, "label": "room for a new one"},
+            ),
         ):
-            at = torch.arange(start, stop)
-            rows.scatter(at % PAGE, at // PAGE, **{"s": 19, "marker": "s", "label": label} | style)
+            rows.scatter(at % BLOCK, at // BLOCK, s=19, marker="s", **style)
+    n_rows = table.keys.flatten(0, -2).size(0)
+    rest = torch.arange(head_ends[-1], n_rows)
+    rows.scatter(rest % BLOCK, rest // BLOCK, s=19, color=GREY, marker="x", label="the rest of a block")
     dense.set(xlabel="position in the prompt", ylabel="head", yticks=range(3), ylim=(2.7, -0.7))
     dense.set_title(f"of {n_tokens} keys the heads keep {', '.join(map(str, table.kept))}", fontsize=13)
-    rows.set(xlabel="row in the page", ylabel="page", yticks=range(table.keys.size(0)))
+    rows.set(xlabel="row in the block", ylabel="block", yticks=range(n_rows // BLOCK))
     rows.set_title("the layer's table, one colour per head", fontsize=13)
     rows.invert_yaxis()
-    handles = dense.get_legend_handles_labels()[0][:1] + rows.get_legend_handles_labels()[0][:3]
+    of_table = rows.get_legend_handles_labels()[0]
+    handles = [dense.get_legend_handles_labels()[0][0], *of_table[:2], of_table[-1]]
     figure.legend(handles=handles, ncols=4, loc="outside lower center", fontsize=12)
     plt.show()
 
@@ -469,17 +473,18 @@ def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth
     print_table(lines)
 
 
-def which_pages_are_read(table: Table, new: int):
-    """Which pages does the kernel read for new token number `new`? Prints one line per page."""
-    used = (table.first_new + new) // PAGE - table.first_page + 1  # by head: how many of its pages are read
-    print("         page  k: a kept key   n: a new token's key   .: hidden from the new token")
-    first_pages = [*table.first_page.tolist(), table.keys.size(0)]
-    for head, first_new in enumerate(table.first_new.tolist()):
-        for i, page in enumerate(range(*first_pages[head : head + 2])):
-            rows = range(PAGE * page, PAGE * (page + 1))
-            marks = "".join("k" if r < first_new else "n" if r <= first_new + new else "." for r in rows)
-            name = f"head {head}" if i == 0 else ""
-            print(f"{name:8} {page:4}  {marks}  {'read' if i < used[head] else 'not read'}")
+def which_blocks_are_read(table: Table):
+    """Which blocks of rows does the kernel read for the first new token? Prints one line per block."""
+    n_blocks = table.keys.flatten(0, -2).size(0) // BLOCK
+    marks, readers = ["."] * n_blocks * BLOCK, [[] for _ in range(n_blocks)]
+    for head, (new, kept) in enumerate(zip(table.first_new.tolist(), table.kept, strict=True)):
+        marks[new - kept : new + 1] = [f"{head}"] * kept + ["n"]
+        for block in range((new - kept) // BLOCK, new // BLOCK + 1):
+            readers[block].append(f"{head}")
+    print("block  0, 1, 2: a key that this head kept   n: the new token's   .: empty")
+    for block, heads in enumerate(readers):
+        row = "".join(marks[BLOCK * block : BLOCK * (block + 1)])
+        print(f"{block:5}  {row}  " + (f"read by head {', '.join(heads)}" if heads else "not read"))
 
 
 # Notebook 4: does it pay?
