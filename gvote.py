@@ -8,8 +8,8 @@ draws from a Gaussian. So GVote draws some, and lets each vote for the keys it n
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
     3. each of these queries votes for keys, by one of two rules:
        top_p_mask           this repo's default: for its own nucleus
-       current_query_mask   the paper's rule: for its own n best keys, where n is the size of the nucleus of
-                            the current query, that of the prompt's last token
+       current_query_mask   the paper's rule: for its own n best keys, where n is how many keys the nucleus
+                            of the current query has; the prompt's last token is the current one
     4. GVote.__call__   each key/value head keeps the union: every key that got a vote
 
 Nobody sets how many keys a head keeps: that number follows from the votes. All this was written from
@@ -53,7 +53,7 @@ def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def layer_generator(attn: nn.Module, seed: int) -> torch.Generator:
     """A layer's own source of noise, on the CPU, so that the noise is the same on any device."""
-    return torch.Generator().manual_seed((1000 * int(seed) + attn.layer) % 2**32)
+    return torch.Generator("cpu").manual_seed((1000 * int(seed) + attn.layer) % 2**32)
 
 
 def sample_queries(attn, mean: Tensor, std: Tensor, n_samples: int, position: int, seed: int) -> Tensor:
@@ -62,7 +62,8 @@ def sample_queries(attn, mean: Tensor, std: Tensor, n_samples: int, position: in
     Every layer has noise of its own. The prompts of a batch share it, so a prompt has the same samples alone
     as in a batch.
     """
-    noise = torch.randn(n_samples, mean.size(-1), generator=layer_generator(attn, seed), dtype=torch.float32)
+    generator, shape = layer_generator(attn, seed), (n_samples, mean.size(-1))
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     hidden = mean[:, None] + std[:, None] * noise.to(mean.device)  # (B, S, C)
     positions = torch.arange(position, position + n_samples, device=mean.device)
     return attn.queries(hidden, positions)
@@ -79,14 +80,14 @@ def top_p_mask(probs: Tensor, top_p: float) -> Tensor:
     least `top_p` of its attention (Holtzman et al. 2020). probs (..., T) -> votes (..., T) bool.
 
     The key that crosses top_p is in, so a nucleus is never empty. Of keys with equal probability the earlier
-    ones go first. top_p=1 keeps all, even those of probability zero.
+    ones go first. top_p=1 votes for all, even those of probability zero.
     """
     if top_p == 1:
         return torch.ones_like(probs, dtype=torch.bool)
     ranked, order = probs.float().sort(dim=-1, descending=True, stable=True)
     held_by_better = ranked.cumsum(dim=-1) - ranked
     chosen = held_by_better < top_p
-    chosen[..., 0] = True  # the best key is in, even if top_p is so small that it is 0 in float32
+    # from the order of rank back to that of the keys
     return torch.empty_like(chosen).scatter_(-1, order, chosen)
 
 
@@ -94,8 +95,8 @@ def current_query_mask(probs: Tensor, current: Tensor, top_p: float) -> Tensor:
     """Step 3, the paper's rule: each query votes for its own n best keys, where n is the size of the current
     query's nucleus. probs (B, H_kv, G * S, T), and current (B, H_kv, G, T), its attention -> votes, bool.
 
-    The current query is that of the prompt's last token. The summaries do not mention query heads that share
-    keys: here n is the mean of their sizes, rounded up.
+    The current query is that of the prompt's last token, one in each of the G query heads. The summaries do
+    not mention query heads that share keys: here n is the mean of their G nuclei's sizes, rounded up.
     """
     sizes = top_p_mask(current, top_p).sum(dim=-1)  # (B, H_kv, G)
     n = sizes.float().mean(dim=-1).ceil()[..., None, None]  # (B, H_kv, 1, 1)
@@ -120,8 +121,10 @@ class GVote:
     budget: str = "per_sample"
 
     def __post_init__(self):
-        if not (isinstance(self.top_p, numbers.Real) and 0 < self.top_p <= 1):  # NaN fails the comparison
-            raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p!r}")
+        # NaN fails the comparison, and so does what is 0 in float32: that would be an empty nucleus
+        least = torch.finfo(torch.float32).tiny
+        if not (isinstance(self.top_p, numbers.Real) and least <= self.top_p <= 1):
+            raise ValueError(f"top_p must be a number in (0, 1] in float32, got {self.top_p!r}")
         if not (isinstance(self.n_samples, numbers.Integral) and self.n_samples >= 1):
             raise ValueError(f"n_samples must be a whole number of at least 1, got {self.n_samples!r}")
         if not isinstance(self.seed, numbers.Integral):
@@ -130,7 +133,8 @@ class GVote:
             raise ValueError(f"budget must be 'per_sample' or 'current_query', got {self.budget!r}")
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if hidden.dim() != 3 or keys.dim() != 4 or hidden.shape[:2] != keys.shape[::2] or not keys.numel():
+        dims_fit = hidden.dim() == 3 and keys.dim() == 4 and keys.numel() > 0
+        if not (dims_fit and hidden.shape[:2] == (keys.size(0), keys.size(2))):
             expected = "(B, T, C) and (B, H_kv, T, D), not empty"
             found = f"{tuple(hidden.shape)} and {tuple(keys.shape)}"
             raise ValueError(f"hidden and keys must be {expected}, got {found}")
@@ -156,25 +160,26 @@ class PeakVotes:
 
     The more keys there are, the less attention each gets. So the bar is `bar` for prompts of up to 400
     tokens, and falls as bar * 400 / T beyond: by default a vote then has to be 10 times an even share, which
-    is 1 / T. Raises ValueError, with the value, for a wrong bar.
+    is 1 / T. Raises ValueError, with the value, for a bar outside of [0, 0.5].
     """
 
     bar: float = 0.025
 
     def __post_init__(self):
         if not (isinstance(self.bar, numbers.Real) and 0 <= self.bar <= 0.5):
-            hint = "it is not a top_p: for 0.98 give 0.02"
-            raise ValueError(f"bar must be a number in [0, 0.5], got {self.bar!r} ({hint})")
+            raise ValueError(f"bar must be a number in [0, 0.5], a share of attention, got {self.bar!r}")
 
-    def score(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
-        """The strongest vote for each key, times T / 400 if T > 400, to compare with `bar`: (B, H_kv, T)."""
+    def strongest_votes(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
+        """The strongest vote for each key: (B, H_kv, T), shares of attention."""
         n_tokens = hidden.size(1)
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        at_once = max(1, 2**18 // n_tokens)  # their votes take 1 MiB a query head: more are slower on a CPU
+        # their votes take 1 MiB a query head: more at once are slower on a CPU
+        at_once = max(1, 2**18 // n_tokens)
         for voters in hidden.split(at_once, dim=1):
             queries = attn.queries(voters, torch.full((voters.size(1),), n_tokens, device=keys.device))
             peak = peak.maximum(attention(queries, keys).amax(dim=2))
-        return peak * max(1, n_tokens / 400)
+        return peak
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.score(attn, hidden, keys) >= self.bar
+        bar = self.bar * min(1, 400 / hidden.size(1))
+        return self.strongest_votes(attn, hidden, keys) >= bar

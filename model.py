@@ -18,9 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-HF_NAMES = {  # of the settings that have another name in a Hugging Face config.json
+# the settings that have another name in a Hugging Face config.json
+HF_NAMES = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads",
     "n_embd": "hidden_size", "n_hidden": "intermediate_size", "context_length": "max_position_embeddings",
     "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
@@ -29,29 +31,34 @@ HF_NAMES = {  # of the settings that have another name in a Hugging Face config.
 
 @dataclass
 class LlamaConfig:
-    """The sizes of a Llama, by default SmolLM2-135M's. Raises ValueError for any that is wrong."""
+    """The sizes of a Llama, by default SmolLM2-135M's. Raises ValueError for any that is wrong.
+
+    n_hidden: channels inside the MLP. head_dim: if None, n_embd / n_head. rope_scaling: of Llama 3.1 and
+    later, a value for each name in LLAMA3_ROPE. tied: the output projection is the embedding.
+    """
 
     vocab_size: int = 49152
     n_layer: int = 30
     n_head: int = 9
     n_kv_head: int = 3
     n_embd: int = 576
-    n_hidden: int = 1536  # channels inside the MLP
-    head_dim: int | None = None  # n_embd / n_head
+    n_hidden: int = 1536
+    head_dim: int | None = None
     context_length: int = 8192
     norm_eps: float = 1e-5
     rope_theta: float = 100_000.0
-    rope_scaling: dict | None = None  # of Llama 3.1 and later: a value for each name in LLAMA3_ROPE
+    rope_scaling: dict | None = None
     attention_bias: bool = False
-    tied: bool = True  # the output projection is the embedding
+    tied: bool = True
 
     def __post_init__(self):
         for field in fields(self):
             value, name = getattr(self, field.name), HF_NAMES.get(field.name, field.name)
-            kind = {int: numbers.Integral, float: numbers.Real, bool: bool}.get(field.type, object)
-            if not isinstance(value, kind) or kind in (numbers.Integral, numbers.Real) and not value > 0:
-                expected = "true or false" if kind is bool else f"a positive number ({field.type.__name__})"
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
+            if field.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, expected true or false")
+            kind = {int: numbers.Integral, float: numbers.Real}.get(field.type)
+            if kind and not (isinstance(value, kind) and value > 0):
+                raise ValueError(f"{name} is {value!r}, expected a positive number ({field.type.__name__})")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"{self.n_head} query heads cannot share {self.n_kv_head} key/value heads")
         if self.head_dim is None:
@@ -63,7 +70,8 @@ class LlamaConfig:
     def from_file(cls, path: Path) -> "LlamaConfig":
         """Reads a Hugging Face config.json. Raises ValueError for what this file does not implement."""
         raw = {name: value for name, value in read_json(path).items() if value is not None}
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
+        # the second name is that of transformers before version 5
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         for name, found, known in (
             ("model_type", raw.get("model_type"), ("llama",)),
@@ -76,9 +84,10 @@ class LlamaConfig:
             if found not in known:
                 raise ValueError(f"{path}: {name} is {found!r}, expected {' or '.join(map(repr, known))}")
         defaults = {"head_dim": None, "attention_bias": False, "tie_word_embeddings": False}
-        defaults |= {"num_key_value_heads": raw.get("num_attention_heads"), "rope_theta": 10_000.0}
-        raw = defaults | raw | {"rope_scaling": None}
-        raw["rope_theta"] = rope.get("rope_theta", raw["rope_theta"])
+        defaults["num_key_value_heads"] = raw.get("num_attention_heads")
+        raw = defaults | raw
+        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+        raw["rope_scaling"] = None
         try:
             if rope_type == "llama3":
                 raw["rope_scaling"] = {name: float(rope[name]) for name in LLAMA3_ROPE}
@@ -93,13 +102,15 @@ def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[T
     """Rotary embedding (Su et al. 2021): cos and sin (T, D) for `rotate`, at positions (T,)."""
     channels = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     freq = config.rope_theta ** -(channels / config.head_dim)
-    if config.rope_scaling:  # slow turns are slowed down by `factor`, fast ones stay, those between blend
+    if config.rope_scaling:
+        # slow turns are slowed down by `factor`, fast ones stay, those between blend
         factor, low, high, context = (config.rope_scaling[name] for name in LLAMA3_ROPE)
         fast = ((freq * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         freq = freq * (fast + (1 - fast) / factor)
     angles = positions[:, None] * freq  # (T, D/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)  # with rotate's sign
+    # the minus is that of the rotation: rotate only adds
+    return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,8 +122,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features):
             return super().forward(x)
-        # compiled, one row on a CPU: BLAS is not faster (the same on an Intel Xeon, 1.7 times as long on an
-        # AMD EPYC)
+        # compiled, one row on a CPU: BLAS takes as long on an Intel Xeon, 1.7 times as long on an AMD EPYC
         y = (self.weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
         return y if self.bias is None else y + self.bias
 
@@ -136,7 +146,7 @@ class Attention(nn.Module):
     def queries(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """This layer's queries (B, H, T, D) for any hidden states (B, T, C), rotated to positions (T,)."""
         queries = self.heads(self.q_proj(hidden.to(self.q_proj.weight.dtype)))
-        return rotate(queries, *rope(positions, self.config, queries.dtype))
+        return rotate(queries, *rope(positions.to(queries.device), self.config, queries.dtype))
 
     def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """hidden (B, T, C) -> rotated queries (B, H, T, D) and keys, and values (B, H_kv, T, D)."""
@@ -144,17 +154,17 @@ class Attention(nn.Module):
         keys = rotate(self.heads(self.k_proj(hidden)), *rotation)
         return queries, keys, self.heads(self.v_proj(hidden))
 
-    def read_prompt(self, hidden: Tensor, rotation, cache: "KVCache | None", policy: Callable) -> Tensor:
+    def read_prompt(self, hidden: Tensor, rotation, cache: "KVCache", policy: Callable) -> Tensor:
         """A prompt's tokens attend to one another; the policy chooses which of their keys go to the cache."""
         queries, keys, values = self.project(hidden, rotation)
         y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-        if cache is not None:  # it copies what is kept: keys and values themselves are freed on return
-            cache.fill(self.layer, keys, values, policy(self, hidden, keys, values))
+        # it copies what is kept: keys and values themselves are freed on return
+        cache.fill(self.layer, keys, values, policy(self, hidden, keys, values))
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def read_tokens(self, hidden: Tensor, rotation, table: "Table", new: Tensor, n_new: int) -> Tensor:
+    def read_tokens(self, hidden: Tensor, rotation, table: "Table", slots: Tensor, n_used: int) -> Tensor:
         """Tokens after the prompt join the layer's table, and attend to what it holds; see `Table.attend`."""
-        y = table.attend(*self.project(hidden, rotation), new, n_new)
+        y = table.attend(*self.project(hidden, rotation), slots, n_used)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -179,12 +189,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def read_prompt(self, x: Tensor, rotation, cache: "KVCache | None", policy: Callable) -> Tensor:
+    def read_prompt(self, x: Tensor, rotation, cache: "KVCache", policy: Callable) -> Tensor:
         x = x + self.self_attn.read_prompt(self.input_layernorm(x), rotation, cache, policy)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def read_tokens(self, x: Tensor, rotation, table: "Table", new: Tensor, n_new: int) -> Tensor:
-        x = x + self.self_attn.read_tokens(self.input_layernorm(x), rotation, table, new, n_new)
+    def read_tokens(self, x: Tensor, rotation, table: "Table", slots: Tensor, n_used: int) -> Tensor:
+        x = x + self.self_attn.read_tokens(self.input_layernorm(x), rotation, table, slots, n_used)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -226,16 +236,19 @@ class Llama(nn.Module):
 
         Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
-        start = 0 if cache is None else cache.length
-        end = start + ids.size(-1)
         if ids.dim() != 2 or ids.size(1) == 0:
             raise ValueError(f"ids are {tuple(ids.shape)}, expected (B, T) with at least one token")
+        if policy is not None and (cache is None or cache.length > 0):
+            raise ValueError("a policy compresses the prompt: pass it with the prompt and a new KVCache")
+        cache = cache or KVCache(self.config, len(ids), max_new_tokens=0)
+        start, end = cache.length, cache.length + ids.size(1)
         if end > self.config.context_length:
             raise ValueError(f"{end} tokens exceed the model's context of {self.config.context_length}")
-        if cache is not None and cache.batch_size != ids.size(0):
-            raise ValueError(f"{ids.size(0)} prompts do not fit a cache with batch_size={cache.batch_size}")
-        if policy is not None and (cache is None or start > 0):
-            raise ValueError("a policy compresses the prompt: pass it with the prompt and a new KVCache")
+        if cache.batch_size != len(ids):
+            raise ValueError(f"{len(ids)} prompts do not fit a cache with batch_size={cache.batch_size}")
+        if start > 0 and end - cache.prompt_length > cache.max_new_tokens:
+            room, needed = cache.max_new_tokens, end - cache.prompt_length
+            raise ValueError(f"the cache is full: made with max_new_tokens={room}, this needs {needed}")
         positions = torch.arange(start, end, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T, C)
         rotation = rope(positions, self.config, x.dtype)
@@ -245,13 +258,11 @@ class Llama(nn.Module):
             for block in self.layers:
                 x = block.read_prompt(x, rotation, cache, policy or keep_all)
         else:
-            cache.reserve(ids.size(1))
-            new, n_new = positions - cache.prompt_length, end - cache.prompt_length
+            slots, n_used = positions - cache.prompt_length, end - cache.prompt_length
             for block, table in zip(self.layers, cache.layers, strict=True):
-                args = (x, rotation, table, new, n_new)
+                args = (x, rotation, table, slots, n_used)
                 x = call(block.read_tokens, *args) if call else block.read_tokens(*args)
-        if cache is not None:
-            cache.advance(ids.size(1))
+        cache.advance(ids.size(1))
         x = self.norm(x if all_logits else x[:, -1:])
         return call(self.lm_head, x) if call else self.lm_head(x)
 
@@ -267,142 +278,137 @@ class Llama(nn.Module):
 
         folder, weights = Path(folder), {}
         config, index = LlamaConfig.from_file(folder / "config.json"), folder / "model.safetensors.index.json"
-        file_of = read_json(index).get("weight_map") if index.exists() else {"all": "model.safetensors"}
-        if not isinstance(file_of, dict):
-            raise ValueError(f"{index} lacks weight_map, which says in which file a weight is")
-        for file in sorted(set(file_of.values())):
+        files = ["model.safetensors"]
+        # an index beside the single file is a leftover: transformers does not read it either
+        if index.exists() and not (folder / files[0]).exists():
+            file_of = read_json(index).get("weight_map")
+            if not isinstance(file_of, dict):
+                raise ValueError(f"{index} lacks weight_map, which says in which file a weight is")
+            files = sorted(set(file_of.values()))
+        for file in files:
             try:
                 with safe_open(folder / file, framework="pt") as tensors:
                     for name in tensors.keys():
-                        if not name.endswith("rotary_emb.inv_freq"):  # in old files, computed here
-                            ours = name.replace("_orig_mod.", "")  # torch.compile puts this before names
-                            weights[ours.removeprefix("model.")] = tensors.get_tensor(name).to(device, dtype)
+                        # old files hold frequencies, torch.compile puts _orig_mod before names
+                        if not name.endswith("rotary_emb.inv_freq"):
+                            ours = name.replace("_orig_mod.", "").removeprefix("model.")
+                            weights[ours] = tensors.get_tensor(name).to(device, dtype)
             except SafetensorError as error:
                 raise ValueError(f"{folder / file} is damaged ({error}): delete {folder}") from None
         embedding = weights.get("embed_tokens.weight")
         if config.tied and embedding is not None:
             # a projection in the file that differs counts, as in transformers 5
             config.tied = torch.equal(weights.setdefault("lm_head.weight", embedding), embedding)
-        with torch.device("meta"):  # shapes only: the weights become the parameters
+        # on "meta" the model has shapes only: the weights become its parameters
+        with torch.device("meta"):
             model = cls(config)
         try:
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # it names all that is missing, misshapen or too much
+        except RuntimeError as error:
+            # it names all that is missing, misshapen or too much
             raise ValueError(f"{folder}: {error}") from None
-        if config.tied:  # assigned, they are two parameters
+        if config.tied:
+            # assigned, they are two parameters
             model.lm_head.weight = model.embed_tokens.weight
         return model
 
 
-# Rows in a page. Of 1,000 rows, 2% are lost in half-empty last pages (of 64 rows 4%, no faster on a CPU).
-PAGE = 32
+# Compiled attention reads a table in blocks of so many rows.
+BLOCK = 32
 
 
 class Table:
     """One layer's cache: the rows of N heads (of all prompts), head after head, a key and a value a row.
 
     Heads keep different numbers of keys. A dense (H_kv, T, D) tensor would pad them all to the longest; here
-    a dropped key is a row that does not exist. Heads are stored as PagedAttention (Kwon et al. 2023) stores
-    sequences, in whole pages: first what a head kept of the prompt, then rows reserved for new tokens, which
-    are written in place. Two heads, if a page had 4 rows:
+    a dropped key is a row that does not exist. Each head has one row per key that it kept of the prompt, and
+    then its room: `room` rows, one per token after the prompt, written in place as the tokens come. Two heads
+    with room for 3 tokens, of which 2 have been read:
 
-                   head 0, kept[0] = 6                       head 1, kept[1] = 1
-                   page 0        page 1        page 2        page 3
-        keys     | k  k  k  k  | k  k  n  n  | .  -  -  -  | k  n  n  .  |
-        row        0  1  2  3    4  5  6  7    8  9  10 11   12 13 14 15
-                   |                   |                     |  |
-                   first_row[0]        first_new[0] = 6      |  first_new[1] = 13
-                   first_page[0] = 0                         first_row[1] = 12, first_page[1] = 3
+                  head 0, kept[0] = 6          head 1, kept[1] = 1
+        keys    | k  k  k  k  k  k  n  n  .  | k  n  n  .  |
+        row       0  1  2  3  4  5  6  7  8    9  10 11 12
+                  |                 |          |  |
+                  first_row[0] = 0  |          |  first_new[1] = 10
+                  first_new[0] = 6             first_row[1] = 9
 
         k  a kept key of the prompt: positions (kept[0] + kept[1],), one per k, says which token's
-        n  a new token's key: here 2 have been read, and reserved = 3
-        .  reserved for the next one         -  the rest of a page
+        n  a new token's key         .  the row of the next one
     """
 
-    @torch.inference_mode(False)  # a cache made in inference mode can be used outside of it too
-    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, kept: Tensor, n_new, reserved):
-        # keys, values (rows, D): one head after the other, what it kept, and n_new tokens after it
-        # positions: of the kept keys, one head after the other; kept (N,): how many a head kept, on the CPU
-        # reserved: how many tokens after the prompt are to have rows
-        n_pages = (kept + reserved + PAGE - 1) // PAGE
-        first_page = n_pages.cumsum(0) - n_pages  # (N,)
-        self.kept, self.reserved, self.positions = kept.tolist(), reserved, positions.int()
-        self.first_row = (PAGE * first_page).tolist()  # a list, for eager slices
-        self.first_page = first_page.int().to(keys.device)
-        self.first_new = (PAGE * first_page + kept).to(keys.device)
-        shape = (int(n_pages.sum()), PAGE, keys.size(-1))
+    # a cache made in inference mode can be used outside of it too
+    @torch.inference_mode(False)
+    def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
+        # a prompt's keys and values (B, H_kv, T, D), and which of them to keep: (B, H_kv, T) bool
+        head, positions = keep.flatten(0, 1).nonzero(as_tuple=True)  # of each kept key, head after head
+        kept, n_heads = keep.sum(dim=2).flatten(), keep[..., 0].numel()
+        n_rows = kept + room  # (N,)
+        self.first_row = n_rows.cumsum(0) - n_rows
+        self.first_new = self.first_row + kept
+        self.room, self.kept, self.positions = room, kept.tolist(), positions.int()
+        shape = (math.ceil((len(head) + room * n_heads) / BLOCK), BLOCK, keys.size(-1))
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
-        rows = self.used_rows(n_new)
-        self.keys.view(-1, shape[-1])[rows], self.values.view(-1, shape[-1])[rows] = keys, values
+        rows = torch.arange(len(head), device=head.device) + room * head
+        self.keys.flatten(0, 1)[rows], self.values.flatten(0, 1)[rows] = keys[keep], values[keep]
 
-    def used_rows(self, n_new: int) -> Tensor:
-        """The rows of what each head kept, and of n_new tokens after it, one head after the other."""
-        counts = torch.tensor(self.kept) + n_new
-        shift = torch.tensor(self.first_row) - counts.cumsum(0) + counts
-        return (torch.arange(int(counts.sum())) + shift.repeat_interleave(counts)).to(self.keys.device)
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, n_used: int) -> Tensor:
+        """Writes new tokens' keys and values (B, H_kv, T, D) into each head's room. Their queries, and what
+        these find in all that the head then holds, are (B, H, T, D).
 
-    def grown(self, reserved: int) -> "Table":
-        """A copy with rows for more tokens after the prompt."""
-        rows = self.used_rows(self.reserved)  # read or not yet
-        keys, values = (x.flatten(0, 1)[rows] for x in (self.keys, self.values))
-        return Table(keys, values, self.positions, torch.tensor(self.kept), self.reserved, reserved)
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, new: Tensor, n_new: int) -> Tensor:
-        """Writes new tokens' keys and values (B, H_kv, T, D) into the table; their queries (B, H, T, D)
-        attend to it: (B, H, T, D). new (T,): the tokens' numbers, from 0 for the first one after the prompt;
-        n_new: how many there are by now, the same as a number, for slices.
+        slots (T,): their places in the room, from 0 for the first token after the prompt. n_used: how many
+        places are taken by now, a number, for slices.
         """
         all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
-        rows = self.first_new[:, None] + new  # (N, T)
+        rows = self.first_new[:, None] + slots  # (N, T)
         all_keys[rows], all_values[rows] = keys.flatten(0, 1), values.flatten(0, 1)
         if torch.compiler.is_compiling():
-            return self.flex_attend(queries, new)
-        # float32: G heads of T rows, which spread over the cores; half precision: one head of G * T rows,
-        # because SDPA on a CPU repacks half-precision keys for every head
+            return self.flex_attend(queries, all_keys, all_values, slots)
+        # float32: G heads, which spread over the cores; one token in half precision: one head of G rows, as
+        # SDPA on a CPU repacks half-precision keys for every head
         n_group, n_tokens = queries.size(1) // keys.size(1), queries.size(2)
-        shape = (n_group, n_tokens) if queries.dtype == torch.float32 else (1, n_group * n_tokens)
-        y, visible = [], None  # a single token sees all rows
-        for n, group in enumerate(queries.reshape(len(self.kept), 1, *shape, -1)):
-            n_rows = self.kept[n] + n_new
-            if n_tokens > 1:  # the last rows are theirs: each sees the rows up to its own
-                visible = torch.ones(n_tokens, n_rows, dtype=torch.bool, device=new.device)
-                visible = visible.tril(n_rows - n_tokens).repeat(shape[1] // n_tokens, 1)
-            key, value = (x[None, None, self.first_row[n] :][:, :, :n_rows] for x in (all_keys, all_values))
+        one_head = n_tokens == 1 and queries.dtype != torch.float32
+        shape = (1, n_group) if one_head else (n_group, n_tokens)
+        y, first = [], 0
+        for group, kept in zip(queries.reshape(len(self.kept), 1, *shape, -1), self.kept, strict=True):
+            n_rows = kept + n_used
+            key, value = (x[None, None, first : first + n_rows] for x in (all_keys, all_values))
+            # the last rows are the new tokens': each token sees the rows up to its own
+            visible = causal_lower_right(n_tokens, n_rows) if n_tokens > 1 else None
             y.append(F.scaled_dot_product_attention(group, key, value, visible, enable_gqa=True))
+            first += kept + self.room
         return torch.cat(y).view_as(queries)
 
-    def flex_attend(self, queries: Tensor, new: Tensor) -> Tensor:
-        """One new token's attention, compiled: one kernel for all heads, each of which reads its own pages.
+    def flex_attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+        """One new token's attention to all rows (rows, D), compiled: one kernel for all heads, each of which
+        reads its own blocks. Of the rows in these the mask lets it see its own.
 
-        Each of the N heads is a prompt of its own with one head, and a group's G queries are its query rows:
-        so inductor takes its kernel for decoding (flex_decoding.py lists the conditions). It never ran on a
-        GPU, and its speed there was never measured. What is known: inductor's code for an H100 is one
-        flex_decoding kernel a layer, it compiles, run by Triton's interpreter on a CPU it equals eager
-        float32 code within 5e-7, and inductor accepts it for a CUDA graph.
+        To inductor each of the N heads is a prompt of one head, and the group's G queries are its tokens:
+        so it takes its kernel for decoding (flex_decoding.py lists the conditions). That never ran on a GPU.
+        What is known: the code for an H100 compiles, is one kernel a layer, fits a CUDA graph, and,
+        interpreted on a CPU, equals eager float32 code within 5e-7.
         """
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         def visible(n: Tensor, head: Tensor, query: Tensor, row: Tensor) -> Tensor:
-            return row <= self.first_new[n] + new[0]  # rows are counted through the whole table
+            return (row >= self.first_row[n]) & (row <= self.first_new[n] + slots[0])
 
+        n_blocks, first_block = self.keys.size(0), self.first_row // BLOCK
+        n_read = (self.first_new + slots) // BLOCK - first_block + 1  # (N,)
+        blocks = first_block[:, None] + torch.arange(n_blocks, device=slots.device)  # the first n_read count
         groups = queries.reshape(len(self.kept), 1, -1, queries.size(-1))  # (N, 1, G, D)
-        n_pages = self.keys.size(0)
-        used = (self.first_new + new) // PAGE - self.first_page + 1  # (N,)
-        pages = (self.first_page[:, None] + torch.arange(n_pages, device=new.device)).clamp(max=n_pages - 1)
         mask = BlockMask.from_kv_blocks(
-            used.int()[:, None, None],
-            pages.int()[:, None, None],  # (N, 1, 1, pages): only the first `used` are read
-            BLOCK_SIZE=(128, PAGE),
+            n_read.int()[:, None, None],
+            blocks.clamp(max=n_blocks - 1).int()[:, None, None],  # (N, 1, 1, blocks)
+            BLOCK_SIZE=(128, BLOCK),
             mask_mod=visible,
-            seq_lengths=(groups.size(2), n_pages * PAGE),
+            seq_lengths=(groups.size(2), n_blocks * BLOCK),
             compute_q_blocks=False,
         )
-        keys, values = (x.flatten(0, 1)[None, None] for x in (self.keys, self.values))
-        return flex_attention(groups, keys, values, block_mask=mask).view_as(queries)
+        return flex_attention(groups, keys[None, None], values[None, None], block_mask=mask).view_as(queries)
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.keys, self.values, self.positions, self.first_new, self.first_page)
+        tensors = (self.keys, self.values, self.positions, self.first_row, self.first_new)
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
@@ -410,8 +416,8 @@ class KVCache:
     """The keys and values of B prompts of one length: of the prompt, each head holds only what its policy
     kept.
 
-    max_new_tokens is the room allocated for what follows the prompt. Should it run out, the cache grows by
-    itself. Raises ValueError, with the value, for a size that makes no sense.
+    max_new_tokens is the room for what follows the prompt, which may be several turns: the cache does not
+    grow. Raises ValueError, with the value, for a size that makes no sense.
     """
 
     def __init__(self, config: LlamaConfig, batch_size: int = 1, max_new_tokens: int = 256):
@@ -419,7 +425,8 @@ class KVCache:
             if not (isinstance(size, numbers.Integral) and size >= least):
                 raise ValueError(f"{name} must be a whole number of at least {least}, got {size!r}")
         self.config, self.batch_size, self.max_new_tokens = config, batch_size, max_new_tokens
-        self.length = self.prompt_length = 0  # length: tokens read, so also the next token's position
+        # length: how many tokens have been read, so also the next token's position
+        self.length = self.prompt_length = 0
         self.layers: list[Table | None] = [None] * config.n_layer
 
     def fill(self, layer: int, keys: Tensor, values: Tensor, keep: Tensor):
@@ -427,18 +434,8 @@ class KVCache:
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != keys.shape[:3]:
             found = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
             raise ValueError(f"a policy's mask is {found}, expected torch.bool {tuple(keys.shape[:3])}")
-        reserved = min(self.max_new_tokens, self.config.context_length - keep.size(2))
-        kept, positions = keep.sum(dim=2).flatten().cpu(), keep.nonzero()[:, 2]
-        self.layers[layer] = Table(keys[keep], values[keep], positions, kept, 0, reserved)
-
-    def reserve(self, n_tokens: int):
-        """Sees to it that every layer has rows for n_tokens more."""
-        n_new = self.length - self.prompt_length
-        for layer, table in enumerate(self.layers):
-            if table.reserved < n_new + n_tokens:  # an interrupted call may have grown some
-                reserved = n_new + max(n_tokens, self.max_new_tokens)
-                most = self.config.context_length - self.prompt_length
-                self.layers[layer] = table.grown(min(reserved, most))
+        room = min(self.max_new_tokens, self.config.context_length - keep.size(2))
+        self.layers[layer] = Table(keys, values, keep.to(keys.device), room)
 
     def advance(self, n_tokens: int):
         """Counts tokens that all layers have read, the prompt first. A negative number takes them back."""
@@ -452,11 +449,10 @@ class KVCache:
 
     @property
     def kept(self) -> Tensor:
-        """How many of the prompt's keys each head kept, summed over the batch: (n_layer, H_kv), on the
-        CPU."""
+        """How many keys of the prompt each head kept, summed over the batch: (n_layer, H_kv), on the CPU."""
         if self.length == 0:
             raise ValueError("the cache is empty: nothing is kept before a prompt is read")
-        kept = torch.tensor([table.kept for table in self.layers])  # (n_layer, N)
+        kept = torch.tensor([table.kept for table in self.layers], device="cpu")  # (n_layer, N)
         return kept.unflatten(1, (self.batch_size, -1)).sum(dim=1)
 
     @property
