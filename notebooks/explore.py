@@ -1,4 +1,4 @@
-"""Writes a page to play with: which keys of a prompt does a rule keep, with which settings?
+"""Beside the notebooks, a page to play with: what does a rule keep of a prompt? Writes explore.html.
 
 python notebooks/explore.py                                       the built-in text and a question about it
 python notebooks/explore.py --file notes.txt --question "Who?"    yours (and --model FOLDER --out page.html)
@@ -20,7 +20,7 @@ import torch
 
 import generate
 from gvote import GVote, PeakVotes, attention, current_query_mask, fit_gaussian, sample_queries, top_p_mask
-from model import PAGE, Llama
+from model import BLOCK, Llama
 from tasks import entry, heads_that_read, place, record
 
 TOP_P = [i / 100 for i in range(1, 101)]  # the settings on offer, in the order in which more is kept
@@ -37,7 +37,8 @@ def look(attn, hidden, keys, values) -> tuple[list[torch.Tensor], list[list]]:
     queries = (sample_queries(attn, *gaussian, n, n_tokens, GVote.seed) for n in numbers)
     probs = [attention(each, keys) for each in queries]  # (1, H_kv, G * S, T)
     current = attention(attn.queries(hidden[:, -1:], torch.tensor([n_tokens - 1])), keys)  # (1, H_kv, G, T)
-    score = PeakVotes().score(attn, hidden, keys)  # (1, H_kv, T)
+    # times T / 400 beyond 400 tokens, to compare with a `bar`: (1, H_kv, T)
+    score = PeakVotes().strongest_votes(attn, hidden, keys) * max(1, n_tokens / 400)
     entries = torch.cat([entry(x).amin(dim=2) for x in probs])
     by_nucleus = torch.bucketize(entries, torch.tensor(TOP_P[:-1]), right=True)
     ranks = (x.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) for x in probs)
@@ -78,7 +79,7 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate
         "note": note, "digits": digits, "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
         "readers": heads_that_read(model, ids, answers[0], digits),
         "arrays": base64.b64encode(packed).decode(),
-        "telling": [{"head": i, "own": own} for i, (own, *_) in telling.items()], "page": PAGE,
+        "telling": [{"head": i, "own": own} for i, (own, *_) in telling.items()], "block": BLOCK,
     }  # fmt: skip
     page = Path(__file__).with_name("explore.template.html").read_text("utf-8")
     return page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)  # so no word can end the script

@@ -1,5 +1,9 @@
-"""The notebooks' pictures, one function each, named after the question that it answers."""
+"""For all notebooks: their pictures, one function each, named after the question that it answers.
 
+Writes images/*.png, by `save_picture`. Draws what it is given, and measures nothing.
+"""
+
+import inspect
 import math
 import os
 import textwrap
@@ -8,12 +12,13 @@ from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
+from IPython.display import Markdown, display
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
-from model import PAGE, KVCache, Llama, Table
+from model import BLOCK, KVCache, Table
 from stats import print_table
-from tasks import heads_that_read, place
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -35,7 +40,7 @@ plt.rcParams.update(
 )
 
 
-def save(figure, name: str):
+def save_picture(figure, name: str):
     """Writes a picture that README.md shows, but not one from a short run."""
     if not os.environ.get("GVOTE_FAST"):
         figure.savefig(f"notebooks/images/{name}.png", dpi=110)
@@ -58,32 +63,26 @@ def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
         axis.text(1.02, height, name, color=color, va="center", transform=axis.transAxes)
 
 
-def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str):
-    """Which words does a policy throw away? A passage of the prompt around a note, each token shaded by the
-    share of all heads that keep its key; below, the heads that look the note's digits up, filled if they keep
-    them. panels: by name a cache and the answer; the first cache is full."""
-    words = [tokenizer.decode([token]).replace("\n", " ") for token in prompt[0].tolist()]
-    marked, n_heads = place(words, note), model.config.n_layer * model.config.n_kv_head
-    passage = [*range(10), *range(marked[0] - 50, marked[-1] + 46), *range(len(words) - 31, len(words) - 6)]
-    digits = {i for i in marked if words[i].isdigit()}
-    (_, answer), *_ = panels.values()
-    readers = [
-        divmod(i, model.config.n_kv_head) for i in heads_that_read(model, prompt, answer, sorted(digits))
-    ]
+def words_kept(panels: dict, words: list[str], note: range, question: range, readers: list[tuple[int, int]]):
+    """Which words does a policy throw away? Passages of the prompt, each token shaded by the share of all
+    heads that keep its key; below, the heads that look the note's digits up, filled if they keep them.
 
-    shades = LinearSegmentedColormap.from_list(
-        "kept", ["white", "#5b9bd5"]
-    )  # black text stays readable on all
+    panels: by name a cache and the answer's text. words: of the prompt's tokens. note, question: which of
+    them are the note and the question. readers: (layer, head) of the heads that read the digits.
+    """
+    words = [word.replace("\n", " ") for word in words]
+    around = range(note.start - 50, note.stop + 45)
+    passage = [*range(10), *around, *range(question.start - 7, question.stop)]
+    digits = [i for i in note if words[i].isdigit()]
+    # black text stays readable on all
+    shades = LinearSegmentedColormap.from_list("kept", ["white", "#5b9bd5"])
     width, n_columns, line = 7.55, 52, 1
     column = width / (n_columns + 2)  # inches
     figure, axis = plt.subplots(layout="none")
     axis.set(position=(0, 0, 1, 1), xlim=(-1, n_columns + 1))
     axis.axis("off")
-    font = {
-        "family": "DejaVu Sans Mono",
-        "size": 72 * column / 0.602,
-        "va": "center_baseline",
-    }  # a column wide
+    # a letter is as wide as a column
+    font = {"family": "DejaVu Sans Mono", "size": 72 * column / 0.602, "va": "center_baseline"}
 
     def write(text: str, x: float = 0, share: float | None = None, weight: str = "normal"):
         if share is not None:
@@ -95,9 +94,10 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
     for i, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
         write(f"{share:4.0%} ", 5 * i, share)
     axis.add_patch(plt.Rectangle((0, line - 0.45), 25, 0.9, fill=False, linewidth=0.5))
-    write(f"of the {n_heads} heads keep it", 26)
+    write(f"of the {next(iter(panels.values()))[0].kept.numel()} heads keep it", 26)
     for name, (cache, answer) in panels.items():
         heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=len(words))
+        shares = (heads / cache.kept.numel()).tolist()
         line, x, before = line + 2, 0, -1
         write(f"{name} keeps {cache.usage:.0%} of all keys", weight="bold")
         line += 1.2
@@ -109,31 +109,25 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
                 line, x, gap, word = line + 1, 0, gap.lstrip(), word if gap else word.lstrip()
             write(gap, x)
             x += len(gap)
-            write(word, x, heads[i].item() / n_heads, "bold" if i in digits else "normal")
-            if i in marked:  # its line above and below, and its two ends
+            write(word, x, shares[i], "bold" if i in digits else "normal")
+            if i in note:  # its line above and below, and its two ends
                 edges = [((x, x + len(word)), (line + y, line + y)) for y in (-0.45, 0.45)]
-                ends = [(x, i == marked[0]), (x + len(word), i == marked[-1])]
+                ends = [(x, i == note[0]), (x + len(word), i == note[-1])]
                 edges += [((at, at), (line - 0.45, line + 0.45)) for at, is_end in ends if is_end]
                 for edge in edges:
                     axis.plot(*edge, color=RED, linewidth=2.5)
             x += len(word)
-        found = [digits <= set(cache.kept_positions(*head).tolist()) for head in readers]
-        text = " ".join(tokenizer.decode(answer, skip_special_tokens=True).split())
-        right = (
-            all(words[i].strip() in text for i in digits)
-            and "".join(words[i] for i in sorted(digits)) in text
-        )
+        found = [set(digits) <= set(cache.kept_positions(*head).tolist()) for head in readers]
+        right = "right" if "".join(words[i] for i in digits) in answer else "wrong"
         line += 1.4
         write(f"{sum(found)} of {len(found)} heads that read the code keep it", weight="bold")
         for i, keeps in enumerate(found):
-            square = plt.Rectangle(
-                (n_columns - 7.6 + i % 8, line - 0.4 + i // 8), 0.7, 0.7, color=RED, fill=keeps
-            )
-            axis.add_patch(square)
+            corner = (n_columns - 7.6 + i % 8, line - 0.4 + i // 8)
+            axis.add_patch(plt.Rectangle(corner, 0.7, 0.7, color=RED, fill=keeps))
         line += 1.1
-        said = textwrap.shorten(text, 84, placeholder=" ...")
-        for row in textwrap.wrap(f"Answer ({'right' if right else 'wrong'}): {said}", n_columns - 10):
-            write(row)
+        said = textwrap.shorten(answer, 84, placeholder=" ...")
+        for part in textwrap.wrap(f"Answer ({right}): {said}", n_columns - 10):
+            write(part)
             line += 1
         line -= 0.6
     axis.set_ylim(line + 1, 0)
@@ -144,12 +138,8 @@ def words_kept(model: Llama, tokenizer, prompt: Tensor, panels: dict, note: str)
 # Notebook 1: GVote on one head
 
 
-def show(*functions):
-    """Shows the code of functions as a notebook's output, without their docstrings."""
-    import inspect
-
-    from IPython.display import Markdown, display
-
+def show_code(*functions):
+    """Shows functions as a notebook's output, without their docstrings."""
     parts = [inspect.getsource(function).split('"""', 2) for function in functions]
     code = "\n\n".join(signature.rstrip() + body.rstrip() for signature, _, body in parts)
     display(Markdown(f"```python\n{code}\n```"))
@@ -159,19 +149,19 @@ def print_vectors(names: list[str], vectors: Tensor, n: int = 6):
     """What is in these vectors? The first n numbers of each, a line per vector."""
     print(f"the first {n} of {vectors.size(-1)} numbers")
     numbers = [[f"{x:.2f}" for x in vector[:n]] for vector in vectors.tolist()]
-    print_table([[name.strip(), *row, "..."] for name, row in zip(names, numbers, strict=True)])
+    print_table([[name.strip(), *line, "..."] for name, line in zip(names, numbers, strict=True)])
 
 
 def how_many_keys(words: list[str], queries: dict[str, Tensor], top_p: float = 0.95):
     """How many keys hold top_p of a query's attention? queries: by name the attention to each word, (T,)."""
-    rows = [[] for _ in range(len(words) + 1)]
+    head, *lines = [[] for _ in range(len(words) + 1)]
     for name, probs in queries.items():
-        rows[0] += [name, "attention", "added up", "nucleus"]
+        head += [name, "attention", "added up", "nucleus"]
         total = 0.0
-        for row, i in zip(rows[1:], probs.argsort(descending=True).tolist(), strict=True):
+        for line, i in zip(lines, probs.argsort(descending=True).tolist(), strict=True):
             inside, total = "yes" if total < top_p else "-", total + probs[i].item()
-            row += [words[i].strip(), f"{probs[i]:.1%}", f"{total:.1%}", inside]
-    print_table(rows)
+            line += [words[i].strip(), f"{probs[i]:.1%}", f"{total:.1%}", inside]
+    print_table([head, *lines])
 
 
 def which_keys_get_votes(words: list[str], probs: Tensor, panels: dict[str, Tensor], n_samples: int = 8):
@@ -183,17 +173,16 @@ def which_keys_get_votes(words: list[str], probs: Tensor, panels: dict[str, Tens
         got = torch.stack([*votes[:n_samples], votes[n_samples:].any(dim=0)])
         so_far = got.cumsum(dim=0) > 0
         first = got & (got.cumsum(dim=0) == 1)
-        table = torch.cat((got.float() + first.float(), 3 * so_far[-1:].float()))
-        axis.imshow(table, cmap=colors, vmin=0, vmax=3, aspect="auto", alpha=0.85)
-        for row in range(n_samples):
-            for column, share in enumerate(probs[row].tolist()):
-                color = BLACK if votes[row, column] else GREY
-                axis.text(
-                    column, row, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=12
-                )
-        for row, kept in enumerate([*so_far, so_far[-1]]):
-            weight = "bold" if row == n_samples + 1 else None
-            axis.text(len(words) - 0.3, row, f"{kept.sum()} of {len(words)}", va="center", weight=weight)
+        cells = torch.cat((got.float() + first.float(), 3 * so_far[-1:].float()))
+        axis.imshow(cells, cmap=colors, vmin=0, vmax=3, aspect="auto", alpha=0.85)
+        style = {"ha": "center", "va": "center", "fontsize": 12}
+        for sample in range(n_samples):
+            for key, share in enumerate(probs[sample].tolist()):
+                color = BLACK if votes[sample, key] else GREY
+                axis.text(key, sample, f"{100 * share:.0f}", color=color, **style)
+        for y, kept in enumerate([*so_far, so_far[-1]]):
+            weight = "bold" if y == n_samples + 1 else None
+            axis.text(len(words) - 0.3, y, f"{kept.sum()} of {len(words)}", va="center", weight=weight)
         axis.text(len(words) - 0.3, -0.62, "so far", va="bottom", fontsize=12)
         axis.set_title(title, fontsize=13, pad=10)
         axis.set_xticks(range(len(words)), [word.strip() for word in words], fontsize=12)
@@ -241,14 +230,15 @@ def where_votes_fall(panels: dict[str, Tensor], name: str, marked: list[int]):
     figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4), sharey=True)
     for axis, (title, votes) in zip(axes, panels.items(), strict=True):
         kept = votes.any(dim=0)
-        for rows, top, color in ((votes, 0, BLUE), (kept[None], len(votes) + 1, GREEN)):
-            share = rows.float().unflatten(1, (-1, 8)).mean(dim=-1)  # of 8 tokens: there is no room for all
+        for marks, top, color in ((votes, 0, BLUE), (kept[None], len(votes) + 1, GREEN)):
+            # the share of 8 tokens: there is no room for all
+            share = F.avg_pool1d(marks.float(), 8, ceil_mode=True)
             shades = LinearSegmentedColormap.from_list("votes", ["white", color])
-            extent = (0, len(kept), top + max(len(rows), 4) - 0.5, top - 0.5)
+            extent = (0, 8 * share.size(1), top + max(len(marks), 4) - 0.5, top - 0.5)
             style = {"cmap": shades, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
             axis.imshow(share, aspect="auto", extent=extent, **style)
-        for row in (7.5, 15.5, 23.5):
-            axis.axhline(row, color=GREY, linewidth=0.8)
+        for y in (7.5, 15.5, 23.5):
+            axis.axhline(y, color=GREY, linewidth=0.8)
         axis.axvline(sum(marked) / len(marked), color=RED, linewidth=1.5)
         axis.text(sum(marked) / len(marked), -1, name, color=RED, ha="center", va="bottom")
         axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13, pad=24)
@@ -266,8 +256,8 @@ def what_all_heads_keep(panels: dict[str, Tensor]):
     """Which keys do all heads keep? panels: by rule (layers, H_kv, T); a cell is the mean of 32 tokens."""
     figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4.4), sharey=True)
     for axis, (title, kept) in zip(axes, panels.items(), strict=True):
-        cells = 100 * kept.flatten(0, 1).float().unflatten(1, (-1, 32)).mean(dim=-1)
-        extent = (0, kept.size(-1), len(kept), 0)
+        cells = 100 * F.avg_pool1d(kept.flatten(0, 1).float(), 32, ceil_mode=True)
+        extent = (0, 32 * cells.size(1), len(kept), 0)
         image = axis.imshow(cells, aspect="auto", vmin=0, vmax=100, interpolation="nearest", extent=extent)
         axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13)
         axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000], yticks=[0, 10, 20, 30])
@@ -299,7 +289,7 @@ def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], 
 def distance_by_layer(figures: dict[str, list[float]]):
     """How far from a Gaussian are the states that GVote fits? figures: of question 1 in questions.py."""
     figure, axis = plt.subplots()
-    by_layer, ends = figures["after, rest, by layer"], []
+    by_layer, ends = figures["the hidden states, by layer"], []
     axis.plot(by_layer, color=BLUE, linewidth=2)
     for name, color in (("Gaussian", BLACK), ("Laplace", GREY)):
         height = figures[f"a {name}"][0]
@@ -331,14 +321,14 @@ def how_even_is_attention(curves: dict[str, Tensor], top_p: float):
     plt.show()
 
 
-def which_prompts_keep_most(rows: dict[str, dict[str, list[float]]]):
-    """Do prompts differ by more than one prompt's seeds do? rows: name -> rule -> shares kept (%). The first
-    row holds one prompt's seeds, the others one dot per prompt."""
-    first, *others = rows
-    names = [*sorted(others, key=lambda name: sum(rows[name]["per_sample"])), first]
+def which_prompts_keep_most(shares: dict[str, dict[str, list[float]]]):
+    """Do prompts differ by more than one prompt's seeds do? shares: name -> rule -> shares kept (%). The
+    first are one prompt's seeds, the others have one dot per prompt."""
+    first, *others = shares
+    names = [*sorted(others, key=lambda name: sum(shares[name]["per_sample"])), first]
     figure, axis = plt.subplots(figsize=(8, 4.4))
     for rule, color in RULE_COLORS.items():
-        dots = [(share, y) for y, name in enumerate(names) for share in rows[name][rule]]
+        dots = [(share, y) for y, name in enumerate(names) for share in shares[name][rule]]
         axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.5, markeredgewidth=0, label=rule)
     axis.axhline(len(names) - 1.5, color=GREY, linewidth=1)
     axis.set_yticks(range(len(names)), names)
@@ -387,44 +377,49 @@ def do_longer_prompts_keep_less(pages: dict[str, dict]):
 
 
 def where_do_rows_go(cache: KVCache, layer: int):
-    """Where do the rows of a layer's table go? On the left which keys each head kept, on the right the pages
-    of the layer's table. The cache is of one prompt."""
+    """Where do the rows of a layer's table go? On the left which keys each head kept, on the right the table,
+    32 rows a line. The cache is of one prompt."""
     table, n_tokens = cache.layers[layer], cache.prompt_length
     figure, (dense, rows) = plt.subplots(1, 2, figsize=(9.2, 3.8), width_ratios=(56, 38))
+    head_ends = [first + table.room for first in table.first_new.tolist()]
     for head, color in enumerate((BLUE, ORANGE, GREEN)):
         kept = cache.kept_positions(layer, head).tolist()
         dropped = {"marker": "s", "color": GREY, "alpha": 0.25, "label": "a dropped key"}
         dense.scatter(range(n_tokens), [head] * n_tokens, s=19, **dropped)
         dense.scatter(kept, [head] * len(kept), s=19, marker="s", color=color)
-        first = table.first_row[head]
-        new, rest = first + len(kept), first + len(kept) + table.reserved
-        empty = {"facecolor": "white", "edgecolor": color}
-        for start, stop, style, label in (
-            (first, new, {"color": color}, "a kept key"),
-            (new, rest, empty, "reserved for a new token"),
-            (rest, -(-rest // PAGE) * PAGE, {"color": GREY, "marker": "x"}, "the rest of a page"),
+        new, end = head_ends[head] - table.room, head_ends[head]
+        for at, style in (
+            (torch.arange(new - len(kept), new), {"color": color, "label": "a kept key"}),
+            (
+                torch.arange(new, end),
+                {"facecolor": "white", "edgecolor": color, "label": "room for a new one"},
+            ),
         ):
-            at = torch.arange(start, stop)
-            rows.scatter(at % PAGE, at // PAGE, **{"s": 19, "marker": "s", "label": label} | style)
+            rows.scatter(at % BLOCK, at // BLOCK, s=19, marker="s", **style)
+    n_rows = table.keys.flatten(0, -2).size(0)
+    rest = torch.arange(head_ends[-1], n_rows)
+    rows.scatter(rest % BLOCK, rest // BLOCK, s=19, color=GREY, marker="x", label="the rest of a block")
     dense.set(xlabel="position in the prompt", ylabel="head", yticks=range(3), ylim=(2.7, -0.7))
     dense.set_title(f"of {n_tokens} keys the heads keep {', '.join(map(str, table.kept))}", fontsize=13)
-    rows.set(xlabel="row in the page", ylabel="page", yticks=range(table.keys.size(0)))
+    rows.set(xlabel="row in the block", ylabel="block", yticks=range(n_rows // BLOCK))
     rows.set_title("the layer's table, one colour per head", fontsize=13)
     rows.invert_yaxis()
-    handles = dense.get_legend_handles_labels()[0][:1] + rows.get_legend_handles_labels()[0][:3]
+    of_table = rows.get_legend_handles_labels()[0]
+    handles = [dense.get_legend_handles_labels()[0][0], *of_table[:2], of_table[-1]]
     figure.legend(handles=handles, ncols=4, loc="outside lower center", fontsize=12)
     plt.show()
 
 
-def how_much_is_held(held: dict[str, list[int]]):
-    """How many bytes do the caches hold while a prompt is read? held: for each way to read it, the bytes when
+def how_much_is_held(bytes_held: dict[str, list[int]]):
+    """How many bytes do the caches hold while a prompt is read? bytes_held: for each way to read it, when
     each layer has just made its keys, and at the end."""
     figure, axis = plt.subplots(figsize=(4.4, 3.8))
-    for (way, nbytes), color, style in zip(held.items(), (ORANGE, BLUE, GREEN), ("-", "-", ":"), strict=True):
+    styles = ((ORANGE, "-"), (BLUE, "-"), (GREEN, ":"))
+    for (way, nbytes), (color, style) in zip(bytes_held.items(), styles, strict=True):
         mib = torch.tensor(nbytes) / 2**20
         axis.plot(range(1, len(mib) + 1), mib, style, color=color, linewidth=3)
         print(f"{way:28} peak {mib.max():6.1f} MiB, in the end {mib[-1]:6.1f} MiB")
-    top = max(map(max, held.values())) / 2**20
+    top = max(map(max, bytes_held.values())) / 2**20
     axis.text(12, 0.58 * top, "full cache", color=ORANGE, ha="right", fontsize=16)
     axis.text(31, 0.26 * top, "GVote,\nlayer by layer", color=BLUE, ha="right", va="top", fontsize=16)
     axis.text(16, 0.82 * top, "GVote, after\nthe last layer", color=GREEN, ha="right", fontsize=16)
@@ -463,24 +458,25 @@ def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth
     handles = axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=12, columnspacing=1)
     plt.show()
-    table = [[f"{n:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
+    lines = [[f"{n:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
     for how, way in bars:
         limit, time = weights + cache[n, way], measured[n, how, way]
-        table.append([f"{way}, {how}", f"{time:.1f}", f"{limit:.1f}", f"{limit / time:.0%}"])
-    print_table(table)
+        lines.append([f"{way}, {how}", f"{time:.1f}", f"{limit:.1f}", f"{limit / time:.0%}"])
+    print_table(lines)
 
 
-def which_pages_are_read(table: Table, new: int):
-    """Which pages does the kernel read for new token number `new`? Prints one line per page."""
-    used = (table.first_new + new) // PAGE - table.first_page + 1  # by head: how many of its pages are read
-    print("         page  k: a kept key   n: a new token's key   .: hidden from the new token")
-    first_pages = [*table.first_page.tolist(), table.keys.size(0)]
-    for head, first_new in enumerate(table.first_new.tolist()):
-        for i, page in enumerate(range(*first_pages[head : head + 2])):
-            rows = range(PAGE * page, PAGE * (page + 1))
-            marks = "".join("k" if r < first_new else "n" if r <= first_new + new else "." for r in rows)
-            name = f"head {head}" if i == 0 else ""
-            print(f"{name:8} {page:4}  {marks}  {'read' if i < used[head] else 'not read'}")
+def which_blocks_are_read(table: Table):
+    """Which blocks of rows does the kernel read for the first new token? Prints one line per block."""
+    n_blocks = table.keys.flatten(0, -2).size(0) // BLOCK
+    marks, readers = ["."] * n_blocks * BLOCK, [[] for _ in range(n_blocks)]
+    for head, (new, kept) in enumerate(zip(table.first_new.tolist(), table.kept, strict=True)):
+        marks[new - kept : new + 1] = [f"{head}"] * kept + ["n"]
+        for block in range((new - kept) // BLOCK, new // BLOCK + 1):
+            readers[block].append(f"{head}")
+    print("block  0, 1, 2: a key that this head kept   n: the new token's   .: empty")
+    for block, heads in enumerate(readers):
+        row = "".join(marks[BLOCK * block : BLOCK * (block + 1)])
+        print(f"{block:5}  {row}  " + (f"read by head {', '.join(heads)}" if heads else "not read"))
 
 
 # Notebook 4: does it pay?
@@ -586,8 +582,7 @@ def who_asks_for_the_code(heads: dict[str, dict[str, Tensor]], words: list[str],
         axis.set_yticks(range(len(voters)), voters, fontsize=12)
         for edge in (digits[0] - 0.5, digits[-1] + 0.5):
             axis.axvline(edge, color=ORANGE, linewidth=2)
-    axes[-1].set_xticks(
-        range(len(words)), [word.replace("\n", "\\n").strip(" ") or "␣" for word in words], rotation=90
-    )
+    names = [word.replace("\n", "\\n").strip(" ") or "␣" for word in words]
+    axes[-1].set_xticks(range(len(words)), names, rotation=90)
     figure.colorbar(image, ax=axes, label="strongest vote (% of a query's attention)")
     plt.show()

@@ -1,4 +1,7 @@
-"""Any policy of this repo on every model that kvpress supports, and in its pipeline and its evaluation."""
+"""For notebook 6: any policy of this repo on every model that kvpress supports. Writes nothing.
+
+A `PolicyPress` also works in kvpress' pipeline and in its evaluation.
+"""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -6,24 +9,25 @@ from types import SimpleNamespace
 import kvpress
 import torch
 from transformers import DynamicCache, Gemma3ForCausalLM
-from transformers.models.phi3.modeling_phi3 import (
-    apply_rotary_pos_emb,
-)  # as the others', and for parts of a head too
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# as the other models', and for parts of a head too
+from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb
 
 from gvote import Policy
 
 
-def queries(module, hidden, positions):  # as `Policy` describes them, of an attention module of transformers
+def queries(module, hidden, positions):
+    """As `Policy` describes them, of an attention module of transformers."""
     q, rope = kvpress.utils.get_prerope_query_states(module, hidden), module.rotary_emb
-    kind = "" if hasattr(rope, "inv_freq") else f"{module.layer_type}_"  # Gemma 3 has two kinds of layers
-    freq, scale = (
-        getattr(rope, kind + name) for name in ("inv_freq", "attention_scaling")
-    )  # rope() may change them
+    # Gemma 3 has two kinds of layers
+    kind = "" if hasattr(rope, "inv_freq") else f"{module.layer_type}_"
+    # a call of rope() may change these
+    freq, scale = (getattr(rope, kind + name) for name in ("inv_freq", "attention_scaling"))
     angles = (positions[:, None] * freq.to(q.device).float()).repeat(1, 2)[None]  # (1, N, D)
     q, _ = apply_rotary_pos_emb(q, q, *((turn * scale).to(q.dtype) for turn in (angles.cos(), angles.sin())))
-    return q * (
-        module.scaling * q.size(-1) ** 0.5
-    )  # policies divide by the root of D, Gemma by what its config says
+    # policies divide by the root of D, Gemma by what its config says
+    return q * (module.scaling * q.size(-1) ** 0.5)
 
 
 @dataclass
@@ -37,13 +41,13 @@ class PolicyPress(kvpress.BasePress):
     """
 
     policy: Policy
-    dropped: dict = field(
-        default_factory=dict, init=False, repr=False
-    )  # share of the last prompt's keys, by layer
+    # by layer: the share of the last prompt's keys
+    dropped: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
     def compression_ratio(self):
-        if not self.dropped or None in self.dropped.values():  # kvpress's evaluation sets what hasattr finds
+        # kvpress' evaluation sets what hasattr finds, which must not be this one
+        if not self.dropped or None in self.dropped.values():
             raise AttributeError("compression_ratio comes out of a prompt: none was read yet")
         return sum(self.dropped.values()) / len(self.dropped)
 
@@ -55,16 +59,17 @@ class PolicyPress(kvpress.BasePress):
         if not isinstance(model, (*kvpress.SUPPORTED_MODELS, Gemma3ForCausalLM)):
             raise ValueError(f"{type(model).__name__} is not in kvpress.SUPPORTED_MODELS")
         config = model.config.get_text_config(decoder=True)
-        if config._attn_implementation == "eager":
-            raise ValueError(
-                "eager attention ignores masked keys: load the model with attn_implementation='sdpa'"
-            )
+        # masks work in the functions that kvpress patched when it was imported: not in eager attention, and
+        # not in one that was registered later, as those of kernels-community are
+        function = ALL_ATTENTION_FUNCTIONS.get(config._attn_implementation)
+        if function is None or function.__module__ != kvpress.attention_patch.__name__:
+            found = f"{config._attn_implementation} attention ignores masked keys"
+            raise ValueError(f"{found}: load the model with attn_implementation='sdpa'")
         windows = [layer.get_max_cache_shape() for layer in DynamicCache(config=config).layers]  # -1 for none
-        self.dropped = dict.fromkeys(
-            i for i, w in enumerate(windows) if not 0 < w < config.max_position_embeddings
-        )
-        if not self.dropped:
+        free = [i for i, w in enumerate(windows) if not 0 < w < config.max_position_embeddings]
+        if not free:
             raise ValueError("every layer has a sliding window: there is nothing to compress")
+        self.dropped = dict.fromkeys(free)
 
     def compress(self, module, hidden, keys, values, attentions, kwargs):
         if module.layer_idx not in self.dropped:
@@ -73,23 +78,18 @@ class PolicyPress(kvpress.BasePress):
             raise ValueError(f"keys can be masked in a DynamicCache, not in a {type(cache).__name__}")
         if module.masked_key_indices is not None or keys.size(2) != hidden.size(1):
             raise ValueError("two presses compress the same prompt: use one")
-        mask, position, index = (
-            kwargs[name] for name in ("attention_mask", "position_ids", "cache_position")
-        )
-        if (
-            (position != index).any()
-            or isinstance(mask, torch.Tensor)
-            and not mask.flatten(1)[:, -len(index) :].all()
-        ):
-            raise ValueError(
-                "the prompts of a batch need one length, without padding, and positions from 0 on"
-            )
-        attn = SimpleNamespace(
-            layer=module.layer_idx, queries=lambda x, at: queries(module, x.to(keys.dtype), at)
-        )
-        drop = torch.ones_like(keys[..., 0], dtype=torch.bool).masked_fill(
-            self.policy(attn, hidden, keys, values), 0
-        )
+        mask, position, index = map(kwargs.get, ("attention_mask", "position_ids", "cache_position"))
+        padded = isinstance(mask, torch.Tensor) and not mask.flatten(1)[:, -len(index) :].all()
+        if padded or (position != index).any():
+            needed = "one length, without padding, and positions from 0 on"
+            raise ValueError(f"the prompts of a batch need {needed}")
+
+        def of_this_module(hidden, positions):
+            return queries(module, hidden.to(keys.dtype), positions)
+
+        attn = SimpleNamespace(layer=module.layer_idx, queries=of_this_module)
+        drop = torch.ones_like(keys[..., 0], dtype=torch.bool)
+        drop = drop.masked_fill(self.policy(attn, hidden, keys, values), 0)
         self.dropped[module.layer_idx] = drop.float().mean().item()
         module.masked_key_indices = drop.nonzero(as_tuple=True)
         return keys, values

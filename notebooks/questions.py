@@ -1,11 +1,11 @@
-"""Eight questions that the paper's reviewers asked, and what this repo measures on each.
+"""For notebooks 1 to 4: eight questions of the paper's reviewers, measured. Writes results/questions.json.
 
-python notebooks/questions.py            all eight, half an hour on one core; writes results/questions.json
+python notebooks/questions.py            all eight, half an hour on one core
 python notebooks/questions.py 3 8        only these: the other results stay as they are
-python notebooks/questions.py table      measures nothing, prints the answers
 
-Each question is a function. It returns figures by name, each a list with one value per text, so that two of
-them can be compared text by text. `table` makes sentences of what the file of results holds.
+Each question is a function that measures one text, or one prompt, by its number, which is also the seed of
+what GVote draws for it. It returns figures by name. The file has a list for each figure, with one value per
+text, so that two figures can be compared text by text.
 """
 
 import importlib
@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -27,31 +27,31 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it is started
 
 import torch
+from IPython.display import Markdown
 from torch import Tensor
 
 from baselines import METHODS, observed_attention
-from generate import DEFAULT, checkpoint_folder, encode, generate, load_tokenizer, next_turn
+from generate import encode, generate, next_turn
 from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
 from speed import device_name
-from stats import bootstrap, ratio, wilson
+from stats import bootstrap, with_interval
 from tasks import LENGTHS, NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
-N_PROMPT, N_NEXT = 1024, 64  # tokens that are compressed, and tokens after them
+N_PROMPT = 1024  # tokens that are compressed
 RULES = ("per_sample", "current_query")  # this repo's default, and the paper's
-NAMED = ("the default rule", "the paper's rule")
-Figures = dict[str, list]  # by name, one value per text
 PAGES = "typesseq typesmapping debugger strings comparisons execmodel".split()
 MORE_PAGES = "assignment try calls sequence-types numeric-types function".split()
 MODULES = "ast heapq random shutil statistics zipfile".split()
+Figures = dict[str, list[float]]
 
 
-def passages(n: int = 12) -> list[str]:
-    """Up to 12 texts, in turns pages of the Python language reference and modules of its standard library.
-    They are not those of tasks.py."""
+def passages() -> list[str]:
+    """Twelve texts, in turns pages of the Python language reference and modules of its standard library. They
+    are not those of tasks.py."""
     modules = [inspect.getsource(importlib.import_module(name)) for name in MODULES]
-    return [text for pair in zip(map(topics.get, PAGES), modules, strict=True) for text in pair][:n]
+    return [text for pair in zip(map(topics.get, PAGES), modules, strict=True) for text in pair]
 
 
 def plain(tokenizer, text: str) -> Tensor:
@@ -62,19 +62,24 @@ def cut(tokenizer, text: str, n_tokens: int) -> str:
     return tokenizer.decode(plain(tokenizer, text)[0, :n_tokens], clean_up_tokenization_spaces=False)
 
 
-def read(model: Llama, tokenizer, n: int, n_next: int = N_NEXT) -> Iterator[tuple[int, Task]]:
-    """The texts as tasks, each with a number, which is also the seed of what GVote draws for it."""
-    for number, text in enumerate(passages(n)):
-        yield number, continuation(model, tokenizer, text, N_PROMPT, n_next)
+def passage_task(model: Llama, tokenizer, number: int, n_next: int = 64) -> Task:
+    return continuation(model, tokenizer, passages()[number], N_PROMPT, n_next)
 
 
-def masks(task: Task, policy: Callable) -> list[Tensor]:
+def masks(task: Task, policy) -> list[Tensor]:
     return [policy(*layer) for layer in task.layers]
 
 
-def share(variant: list[Tensor]) -> float:
+def share(masks: list[Tensor]) -> float:
     """The share of keys kept, in %."""
-    return 100 * torch.cat(variant).float().mean().item()
+    return 100 * torch.cat(masks).float().mean().item()
+
+
+def kept_and_kl(task: Task, variants: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Of each variant of the prompt's cache, a list of keep masks."""
+    kl = [result["kl"] for result in task.test(list(variants.values()))]
+    figures = {f"{name}, kept": share(masks) for name, masks in variants.items()}
+    return figures | {f"{name}, kl": each for name, each in zip(variants, kl, strict=True)}
 
 
 # 1. Is it Gaussian?
@@ -89,42 +94,28 @@ def gaussian_distance(x: Tensor) -> Tensor:
     return (ordered - quantiles[:, None]).abs().mean(dim=0)
 
 
-def gaussian(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """Before and after the norm, of all tokens and without the first: the channels' distance, mean, by layer
-    and worst, and how many channels (in %) are farther than 99% of equally large Gaussian samples."""
+@cache
+def random_distances() -> tuple[Tensor, Tensor]:
+    """The distances of 10,000 samples, each as large as a text: from a Gaussian, and from a Laplace."""
     draw = torch.Generator().manual_seed(0)
     normal = torch.randn(N_PROMPT - N_SINK, 10_000, generator=draw)
     laplace = torch.empty_like(normal).exponential_(generator=draw) * normal.sign()
-    limit = gaussian_distance(normal).quantile(0.99)
-    figures, inputs = defaultdict(list), []
-    for text in passages(n):
-        inputs.clear()  # of each layer, before its norm
-        hooks = [
-            block.input_layernorm.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0]))
-            for block in model.layers
-        ]
-        layers = record(model, plain(tokenizer, text)[:, :N_PROMPT])
-        for hook in hooks:
-            hook.remove()
-        for where, states in (("before", inputs), ("after", [hidden[0] for _, hidden, _, _ in layers])):
-            for which, skipped in (("all", 0), ("rest", N_SINK)):
-                distance = torch.stack([gaussian_distance(x[skipped:]) for x in states])  # (layers, C)
-                figures[f"{where}, {which}"].append(distance.mean().item())
-                figures[f"{where}, {which}, by layer"].append(distance.mean(dim=1).tolist())
-                figures[f"{where}, {which}, worst channel"].append(distance.max().item())
-                figures[f"{where}, {which}, far"].append(100 * (distance > limit).float().mean().item())
-        for name, x in (("a Gaussian", normal), ("a Laplace", laplace)):
-            figures[name].append(gaussian_distance(x).mean().item())
-    return figures
+    return gaussian_distance(normal), gaussian_distance(laplace)
 
 
-def answer_gaussian(f: Figures) -> str:
-    return (
-        "The distance of the hidden states from a Gaussian, as notebook 1 defines it, is "
-        f"{show(f['after, rest'])} standard deviations. "
-        f"Random numbers that were drawn from a Gaussian have a distance of {f['a Gaussian'][0]:.3f}, and "
-        f"those drawn from a Laplace distribution {f['a Laplace'][0]:.3f}."
-    )
+def gaussian(model: Llama, tokenizer, number: int) -> dict:
+    """The mean distance of what GVote fits, and how many channels (in %) are farther than 99% of equally
+    large Gaussian samples."""
+    layers = record(model, plain(tokenizer, passages()[number])[:, :N_PROMPT])
+    distance = torch.stack([gaussian_distance(hidden[0, N_SINK:]) for _, hidden, _, _ in layers])
+    normal, laplace = random_distances()
+    return {
+        "the hidden states": distance.mean(),
+        "the hidden states, by layer": distance.mean(dim=1).tolist(),
+        "the hidden states, far": 100 * (distance > normal.quantile(0.99)).float().mean(),
+        "a Gaussian": normal.mean(),
+        "a Laplace": laplace.mean(),
+    }
 
 
 # 2. Are sampled queries good proxies of the future ones?
@@ -135,79 +126,46 @@ def overlap(p: Tensor, q: Tensor) -> Tensor:
     return p.minimum(q).sum(dim=-1)
 
 
-def proxies(model: Llama, tokenizer, n: int = 12) -> Figures:
+def proxies(model: Llama, tokenizer, number: int) -> dict:
     """For each kind of proxies, over all query heads: the overlap of their mean attention with that of the
-    next 64 queries ("mean"), and the overlap of such a query with the proxy most like it ("best")."""
-    figures = defaultdict(list)
-    for number, task in read(model, tokenizer, n, 2 * N_NEXT):
-        by_layer = defaultdict(list)
-        picked = torch.randperm(N_PROMPT, generator=torch.Generator().manual_seed(number))
-        moved = {  # the prompt's own queries, moved to the next positions
-            "8 random tokens": picked[:8],
-            "64 random tokens": picked[:N_NEXT],
-            "the first 64 tokens": torch.arange(N_NEXT),
-            "the last 64 tokens": torch.arange(N_PROMPT - N_NEXT, N_PROMPT),
-        }
-        for (attn, hidden, keys, _), future in zip(task.layers, task.attention, strict=True):
-            true, after = future.unflatten(2, (-1, 2 * N_NEXT)).split(N_NEXT, dim=3)  # (1, H_kv, G, N, T)
-            window = observed_attention(attn, hidden, keys, N_PROMPT - N_NEXT, N_PROMPT)
-            found = {
-                "the 64 after those": after,
-                "SnapKV, window": window,
-                "the last query": window[..., -1:, :],
-            }
-            for name, tokens in moved.items():
-                found[name] = attn.queries(hidden[:, tokens], N_PROMPT + torch.arange(len(tokens)))
-            for size in (8, N_NEXT):
-                found[f"{size} samples"] = sample_queries(attn, *fit_gaussian(hidden), size, N_PROMPT, number)
-            for name, each in found.items():
-                paid = attention(each, keys).unflatten(2, (-1, each.size(2))) if each.dim() == 4 else each
-                some = true[..., ::4, :]  # one in four is enough
-                best = torch.stack([overlap(one[..., None, :], some) for one in paid.unbind(dim=3)]).amax(
-                    dim=0
-                )
-                by_layer[f"{name}, mean"].append(overlap(paid.mean(dim=3), true.mean(dim=3)).mean())
-                by_layer[f"{name}, best"].append(best.mean())
-        for name, values in by_layer.items():
-            figures[name].append(torch.stack(values).mean().item())
-    return figures
-
-
-def answer_proxies(f: Figures) -> str:
-    samples, tokens, window = (
-        show(f[f"{name}, mean"], ".2f") for name in ("8 samples", "8 random tokens", "SnapKV, window")
-    )
-    return (
-        f"The attention of 8 samples overlaps with that of the next 64 true queries by {samples}, where 1 is "
-        f"equal. 8 random tokens of the prompt reach {tokens}, and SnapKV's 64 last queries {window}."
-    )
+    next 64 queries."""
+    task, overlaps = passage_task(model, tokenizer, number, 128), defaultdict(list)
+    picked = torch.randperm(N_PROMPT, generator=torch.Generator().manual_seed(number))
+    moved = {"8 random tokens": picked[:8], "64 random tokens": picked[:64]}
+    moved["the last 64 tokens"] = torch.arange(N_PROMPT - 64, N_PROMPT)
+    for (attn, hidden, keys, _), future in zip(task.layers, task.attention, strict=True):
+        next_64, after = future.unflatten(2, (-1, 128)).split(64, dim=3)  # (1, H_kv, G, N, T) each
+        window = observed_attention(attn, hidden, keys, N_PROMPT - 64, N_PROMPT)
+        paid = {"the 64 after those": after, "SnapKV, window": window, "the last query": window[..., -1:, :]}
+        queries = {}
+        for n in (8, 64):
+            queries[f"{n} samples"] = sample_queries(attn, *fit_gaussian(hidden), n, N_PROMPT, number)
+        for name, tokens in moved.items():
+            queries[name] = attn.queries(hidden[:, tokens], N_PROMPT + torch.arange(len(tokens)))
+        for name, each in queries.items():
+            paid[name] = attention(each, keys).unflatten(2, (-1, each.size(2)))
+        for name, each in paid.items():
+            overlaps[name].append(overlap(each.mean(dim=3), next_64.mean(dim=3)).mean())
+    return {name: torch.stack(by_layer).mean() for name, by_layer in overlaps.items()}
 
 
 # 3. How much do two runs differ?
 
 
-def seeds(model: Llama, tokenizer, n: int = 12, n_seeds: int = 20) -> Figures:
-    figures = defaultdict(list)
-    for number, task in read(model, tokenizer, n):
-        for rule in RULES:
-            runs = [masks(task, GVote(seed=n_seeds * number + i, budget=rule)) for i in range(n_seeds)]
-            shares = torch.tensor([share(run) for run in runs])
-            kl = torch.tensor([result["kl"] for result in task.test(runs)])
-            figures[f"{rule}, kept"].append(shares.mean().item())
-            figures[f"{rule}, kept, std"].append(shares.std().item())
-            figures[f"{rule}, kept, range"].append((shares.max() - shares.min()).item())
-            figures[f"{rule}, kl"].append(kl.mean().item())
-            figures[f"{rule}, kl, worst / best"].append((kl.max() / kl.min()).item())
-            figures[f"{rule}, kl, two runs"].append((kl[::2] / kl[1::2]).log().abs().mean().exp().item())
+def seeds(model: Llama, tokenizer, number: int, n: int = 20) -> dict:
+    task, figures = passage_task(model, tokenizer, number), {}
+    for rule in RULES:
+        runs = [masks(task, GVote(seed=n * number + i, budget=rule)) for i in range(n)]
+        kept = torch.tensor([share(run) for run in runs])
+        kl = torch.tensor([result["kl"] for result in task.test(runs)])
+        figures |= {
+            f"{rule}, kept": kept.mean(),
+            f"{rule}, kept, range": kept.max() - kept.min(),
+            f"{rule}, kl": kl.mean(),
+            f"{rule}, kl, worst / best": kl.max() / kl.min(),
+            f"{rule}, kl, two runs": (kl[::2] / kl[1::2]).log().abs().mean().exp(),
+        }
     return figures
-
-
-def answer_seeds(f: Figures) -> str:
-    ours, paper = (show(f[f"{rule}, kept, range"], ".1f") for rule in RULES)
-    return (
-        f"From the lowest to the highest of 20 seeds, the kept share differs by {ours} points with the "
-        f"default rule, and by {paper} with the paper's."
-    )
 
 
 # 4. When does the paper's rule help, when does it hurt?
@@ -220,38 +178,19 @@ ENDINGS = {
 }
 
 
-def endings(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """Twelve pages, cut after a sentence, with four endings each; what follows is the full cache's answer.
-    "equal" is per_sample at a top_p with which it keeps as much as current_query does."""
-    figures = defaultdict(list)
-    for number, name in enumerate((PAGES + MORE_PAGES)[:n]):
-        start = cut(tokenizer, topics[name], N_PROMPT - 20)
-        start = start[: start.rindex(".") + 1]
-        for ending, words in ENDINGS.items():
-            prompt = plain(tokenizer, start + words)
-            task = Task(model, prompt, torch.tensor([list(generate(model, prompt, 32))]), 32)
-            found = {
-                rule: [gvote_entry(layer, GVote(seed=number, budget=rule)) for layer in task.layers]
-                for rule in RULES
-            }
-            variants = {rule: [x < 0.95 for x in found[rule]] for rule in RULES}
-            for rule in RULES:
-                figures[f"{ending}, {rule}, kept"].append(share(variants[rule]))
-            variants["equal"] = keep_share(found["per_sample"], share(variants["current_query"]) / 100)
-            for rule, result in zip(variants, task.test(list(variants.values())), strict=True):
-                figures[f"{ending}, {rule}, kl"].append(result["kl"])
+def endings(model: Llama, tokenizer, number: int) -> dict:
+    """A page, cut after a sentence, with four endings; what follows is the full cache's answer. "equal" is
+    per_sample at a top_p with which it keeps as much as current_query does."""
+    start, figures = cut(tokenizer, topics[(PAGES + MORE_PAGES)[number]], N_PROMPT - 20), {}
+    start = start[: start.rindex(".") + 1]
+    for ending, words in ENDINGS.items():
+        prompt = plain(tokenizer, start + words)
+        task = Task(model, prompt, torch.tensor([list(generate(model, prompt, 32))]), 32)
+        variants = {rule: masks(task, GVote(seed=number, budget=rule)) for rule in RULES}
+        entries = [gvote_entry(layer, GVote(seed=number)) for layer in task.layers]
+        variants["equal"] = keep_share(entries, share(variants["current_query"]) / 100)
+        figures |= kept_and_kl(task, {f"{ending}, {name}": each for name, each in variants.items()})
     return figures
-
-
-def answer_endings(f: Figures) -> str:
-    by_ending = [
-        f"{ending} {show_ratio(f[f'{ending}, current_query, kl'], f[f'{ending}, equal, kl'])}"
-        for ending in ENDINGS
-    ]
-    return (
-        "The KL of the paper's rule, divided by the default's at the same share, depends on the prompt's "
-        f"end: {', '.join(by_ending)}."
-    )
 
 
 # 5. Can the memory be capped?
@@ -269,33 +208,25 @@ def capped(entries: Tensor, most: float, top_p: float = 0.95) -> Tensor:
     return (mask & (flat < top_p)).view_as(entries)
 
 
-def cap(model: Llama, tokenizer, n: int = 12) -> Figures:
-    figures = defaultdict(list)
-    for number, task in read(model, tokenizer, n):
-        found = {
-            rule: [gvote_entry(layer, GVote(seed=number, budget=rule)) for layer in task.layers]
-            for rule in RULES
-        }
-        variants = {f"{rule}, own": [x < 0.95 for x in found[rule]] for rule in RULES}
+def cap(model: Llama, tokenizer, number: int) -> dict:
+    task, variants = passage_task(model, tokenizer, number), {}
+    for rule in RULES:
+        entries = [gvote_entry(layer, GVote(seed=number, budget=rule)) for layer in task.layers]
+        variants[f"{rule}, own"] = [each < 0.95 for each in entries]
         for most in CAPS:
-            variants |= {f"{rule}, {most:.0%}": [capped(x, most) for x in found[rule]] for rule in RULES}
-            variants |= {f"{name}, {most:.0%}": masks(task, METHODS[name](most)) for name in RIVALS}
-        for (name, variant), result in zip(variants.items(), task.test(list(variants.values())), strict=True):
-            figures[f"{name}, kept"].append(share(variant))
-            figures[f"{name}, kl"].append(result["kl"])
-    return figures
-
-
-def answer_cap(f: Figures) -> str:
-    most, sentences = f"{CAPS[0]:.0%}", []
-    for rule, name in zip(RULES, NAMED, strict=True):
-        kl = f[f"{rule}, {most}, kl"]
-        own, h2o = show_ratio(kl, f[f"{rule}, own, kl"]), show_ratio(kl, f[f"h2o, {most}, kl"])
-        sentences.append(f"the KL of {name} is {own} times what it is without a cap, and {h2o} times H2O's")
-    return f"At {most} of the keys, {'. There, '.join(sentences)}."
+            variants[f"{rule}, {most:.0%}"] = [capped(each, most) for each in entries]
+    variants |= {f"{name}, {most:.0%}": masks(task, METHODS[name](most)) for name in RIVALS for most in CAPS}
+    return kept_and_kl(task, variants)
 
 
 # 6. Could one pool of samples serve every prompt?
+
+
+@cache
+def fits(model: Llama, tokenizer) -> list[list[tuple[Tensor, Tensor]]]:
+    """The Gaussians of all texts, by text and layer."""
+    texts = (record(model, plain(tokenizer, text)[:, :N_PROMPT]) for text in passages())
+    return [[fit_gaussian(hidden) for _, hidden, _, _ in layers] for layers in texts]
 
 
 def mixture(fits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -305,47 +236,29 @@ def mixture(fits: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return mean, ((stds**2 + means**2).mean(dim=0) - mean**2).sqrt()
 
 
-def pool(model: Llama, tokenizer, n: int = 12) -> Figures:
+def pool(model: Llama, tokenizer, number: int) -> dict:
     """With the Gaussian of this text, of another of its kind, of one of the other kind, and of all others."""
-    figures, fits = defaultdict(list), []  # fits: by text and layer
-    for text in passages():
-        layers = record(model, plain(tokenizer, text)[:, :N_PROMPT])
-        fits.append([fit_gaussian(hidden) for _, hidden, _, _ in layers])
-    for number, task in read(model, tokenizer, n):
-        others = fits[:number] + fits[number + 1 :]
-        gaussians = {
-            "own": fits[number],
-            "same kind": fits[(number + 2) % len(fits)],
-            "other kind": fits[(number + 1) % len(fits)],
-            "all others": [mixture(of_layer) for of_layer in zip(*others, strict=True)],
-        }
-        for rule in RULES:
-            variants = []
-            for by_layer in gaussians.values():
-                pairs = zip(task.layers, by_layer, strict=True)
-                policy = GVote(seed=number, budget=rule)
-                variants.append([gvote_entry(layer, policy, fit) < policy.top_p for layer, fit in pairs])
-            for name, variant, result in zip(gaussians, variants, task.test(variants), strict=True):
-                figures[f"{rule}, {name}, kept"].append(share(variant))
-                figures[f"{rule}, {name}, kl"].append(result["kl"])
-        times = [time.perf_counter()]
-        for attn, hidden, _, _ in task.layers:
-            sample_queries(attn, *fit_gaussian(hidden), 8, N_PROMPT, number)
-        times.append(time.perf_counter())
-        masks(task, GVote(seed=number))
-        times.append(time.perf_counter())
-        figures["time of the samples"].append(100 * (times[1] - times[0]) / (times[2] - times[1]))
-    return figures
-
-
-def answer_pool(f: Figures) -> str:
-    ours, paper = (show_ratio(f[f"{rule}, all others, kl"], f[f"{rule}, own, kl"]) for rule in RULES)
-    saved = show(f["time of the samples"], ".0f", "%")
-    return (
-        f"With samples made from 11 other texts, the KL of the default rule is {ours} times as high, and "
-        f"that of the paper's {paper} times. The samples, which need not be made then, take {saved} of "
-        f"GVote's time."
-    )
+    task, by_text = passage_task(model, tokenizer, number), fits(model, tokenizer)
+    others, variants = by_text[:number] + by_text[number + 1 :], {}
+    gaussians = {
+        "own": by_text[number],
+        "same kind": by_text[(number + 2) % len(by_text)],
+        "other kind": by_text[(number + 1) % len(by_text)],
+        "all others": [mixture(of_layer) for of_layer in zip(*others, strict=True)],
+    }
+    for rule in RULES:
+        policy = GVote(seed=number, budget=rule)
+        for name, of_layers in gaussians.items():
+            entries = map(gvote_entry, task.layers, [policy] * len(task.layers), of_layers)
+            variants[f"{rule}, {name}"] = [each < policy.top_p for each in entries]
+    times = [time.perf_counter()]
+    for attn, hidden, _, _ in task.layers:
+        sample_queries(attn, *fit_gaussian(hidden), 8, N_PROMPT, number)
+    times.append(time.perf_counter())
+    masks(task, GVote(seed=number))
+    times.append(time.perf_counter())
+    in_percent = 100 * (times[1] - times[0]) / (times[2] - times[1])
+    return kept_and_kl(task, variants) | {"time of the samples": in_percent}
 
 
 # 7. What becomes of long answers, and of a second turn?
@@ -378,54 +291,29 @@ def chat(model, tokenizer, text: str, *turns: tuple[str, str | None]) -> tuple[T
     return Task(model, prompt, after, after.size(1)), places
 
 
-def long_answers(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """KL over 256 tokens of a text that goes on, in eight parts."""
-    figures = defaultdict(list)
-    for number, task in read(model, tokenizer, n, 256):
-        for rule in RULES:
-            parts = [part.mean().item() for part in tokenwise(task, rule, number)[0].chunk(8)]
-            figures[f"{rule}, by part"].append(parts)
-            figures[f"{rule}, first 32"].append(parts[0])
-            figures[f"{rule}, last 32"].append(parts[-1])
+def later(model: Llama, tokenizer, number: int) -> dict:
+    """The KL of the first and of the last 32 of 256 tokens. Then two chats of two turns: with general
+    questions, and about numbers that are hidden in the text. "exact" is 1 if an answer is word for word."""
+    task, figures = passage_task(model, tokenizer, number, 256), {}
+    for rule in RULES:
+        first, *_, last = tokenwise(task, rule, number)[0].chunk(8)
+        figures |= {f"{rule}, first 32": first.mean(), f"{rule}, last 32": last.mean()}
+    lines, draw = cut(tokenizer, passages()[number], N_PROMPT - 128).split("\n"), random.Random(number)
+    chats, turns = {"general": chat(model, tokenizer, "\n".join(lines), (FIRST, None), (SECOND, None))}, []
+    for thing in draw.sample(THINGS, 2):
+        fact = f"The special magic number for {thing} is {''.join(draw.choices('0123456789', k=7))}."
+        lines.insert(draw.randrange(1, len(lines)), fact)
+        turns.append((f"What is the special magic number for {thing}?", fact))
+    chats["number"] = chat(model, tokenizer, "\n".join(lines), *turns)
+    for what, (task, places) in chats.items():
+        full = task.full.argmax(dim=-1) == task.after[0, 1:]
+        by_rule = {rule: tokenwise(task, rule, number) for rule in RULES}
+        for turn, place in zip(("first", "second"), places, strict=True):
+            figures[f"full cache, {what}, {turn}, exact"] = full[place].all()
+            for rule, (kl, right) in by_rule.items():
+                figures[f"{rule}, {what}, {turn}, kl"] = kl[place].mean()
+                figures[f"{rule}, {what}, {turn}, exact"] = right[place].all()
     return figures
-
-
-def second_turn(model: Llama, tokenizer, n: int = 12) -> Figures:
-    """Chats of two turns: two general questions, and two after a number that is hidden in the text."""
-    figures = defaultdict(list)
-    for number, text in enumerate(passages(n)):
-        lines, draw = cut(tokenizer, text, N_PROMPT - 128).split("\n"), random.Random(number)
-        general = chat(model, tokenizer, "\n".join(lines), (FIRST, None), (SECOND, None))
-        turns = []
-        for thing in draw.sample(THINGS, 2):
-            fact = f"The special magic number for {thing} is {''.join(draw.choices('0123456789', k=7))}."
-            lines.insert(draw.randrange(1, len(lines)), fact)
-            turns.append((f"What is the special magic number for {thing}?", fact))
-        hidden = chat(model, tokenizer, "\n".join(lines), *turns)
-        for what, (task, places) in (("general", general), ("number", hidden)):
-            for rule in RULES:
-                kl, right = tokenwise(task, rule, number)
-                for turn, place in zip(("first", "second"), places, strict=True):
-                    figures[f"{rule}, {what}, {turn}, kl"].append(kl[place].mean().item())
-                    figures[f"{rule}, {what}, {turn}, exact"].append(float(right[place].all()))
-            full = task.full.argmax(dim=-1) == task.after[0, 1:]
-            for turn, place in zip(("first", "second"), places, strict=True):
-                figures[f"full cache, {what}, {turn}, exact"].append(float(full[place].all()))
-    return figures
-
-
-def later(model: Llama, tokenizer, n: int = 12) -> Figures:
-    return long_answers(model, tokenizer, n) | second_turn(model, tokenizer, n)
-
-
-def answer_later(f: Figures) -> str:
-    ours, paper = (show_ratio(f[f"{rule}, last 32"], f[f"{rule}, first 32"]) for rule in RULES)
-    full, *found = (count(f[f"{who}, number, second, exact"]) for who in ("full cache", *RULES))
-    return (
-        f"From the first to the last 32 of 256 tokens the KL changes by a factor of {ours} with the default "
-        f"rule, and of {paper} with the paper's. Asked for a hidden number in a second turn, the full cache "
-        f"tells {full}, the default rule {found[0]}, and the paper's {found[1]}."
-    )
 
 
 # 8. Is an automatic budget safe?
@@ -436,6 +324,7 @@ KINDS = (
 )  # fmt: skip
 
 
+@cache
 def prompts(tokenizer) -> list[Tensor]:
     """Forty prompts, five of each kind, in turns: number i is of the kind KINDS[i % 8]."""
     found, draw, texts = [], random.Random(0), passages()
@@ -445,129 +334,69 @@ def prompts(tokenizer) -> list[Tensor]:
         ]
         numbers = [str(draw.randrange(10_000)) for _ in range(1000)]
         tokens = torch.tensor([draw.choices(range(1000, 49_000), k=N_PROMPT)])  # no special ones
-        written = (
-            *texts[2 * i : 2 * i + 2],
-            "\n".join(facts),
-            " ".join(numbers),
-            " ".join(draw.choices(THINGS + NAMES, k=2000)),
-            tokens,
-            f"{NAMES[i]} puts the {THINGS[i]} on the table. " * 200,
-            f" {('the', 'no', 'table', 'hello', 'zero')[i]}" * 1200,
-        )
-        found += [x if isinstance(x, Tensor) else plain(tokenizer, x)[:, :N_PROMPT] for x in written]
+        words = " ".join(draw.choices(THINGS + NAMES, k=2000))
+        sentences = f"{NAMES[i]} puts the {THINGS[i]} on the table. " * 200
+        word = f" {('the', 'no', 'table', 'hello', 'zero')[i]}" * 1200
+        written = [*texts[2 * i : 2 * i + 2], "\n".join(facts), " ".join(numbers), words, sentences, word]
+        found += [plain(tokenizer, text)[:, :N_PROMPT] for text in written]
+        found.insert(-2, tokens)
     return found
 
 
-def safe(model: Llama, tokenizer, n: int = 40) -> Figures:
-    """The share kept of each prompt, in %."""
-    figures = defaultdict(list)
-    for number, ids in enumerate(prompts(tokenizer)[:n]):
-        layers = record(model, ids)
-        for rule in RULES:
-            figures[rule].append(share([GVote(seed=number, budget=rule)(*layer) for layer in layers]))
-    return figures
+def safe(model: Llama, tokenizer, number: int) -> dict:
+    """The share kept of a prompt, in %."""
+    layers = record(model, prompts(tokenizer)[number])
+    return {rule: share([GVote(seed=number, budget=rule)(*layer) for layer in layers]) for rule in RULES}
 
 
-def answer_safe(f: Figures) -> str:
-    sentences = []
-    for rule, name in zip(RULES, NAMED, strict=True):
-        by_kind = {kind: max(f[rule][i :: len(KINDS)]) for i, kind in enumerate(KINDS)}
-        most, next_most, *_ = sorted(by_kind, key=by_kind.get, reverse=True)
-        sentences.append(
-            f"{name} keeps up to {by_kind[most]:.0f}% of a prompt of the kind '{most}', and up to "
-            f"{by_kind[next_most]:.0f}% of any other prompt"
-        )
-    return f"{'; '.join(sentences).capitalize()}."
+# The results
 
-
-# The results, and sentences made of them
-
-
-def show(values: list[float], spec: str = ".3f", unit: str = "") -> str:
-    """The mean of the texts, and its 95% interval."""
-    return "{:{s}}{u} ({:{s}}–{:{s}})".format(*bootstrap(values), s=spec, u=unit)
-
-
-def show_ratio(values: list[float], others: list[float]) -> str:
-    """The geometric mean of the texts' ratios, and its 95% interval: text by text, so that what all of a
-    text's figures have in common drops out."""
-    return "{:.2f} ({:.2f}–{:.2f})".format(*ratio(values, others))
-
-
-def count(right: list[float]) -> str:
-    """How often, and the 95% interval of the share (Wilson's)."""
-    low, high = wilson(sum(right) / len(right), len(right))
-    return f"{sum(right):.0f} of {len(right)} ({low:.0%}–{high:.0%})"
-
-
-@dataclass(frozen=True)
-class Question:
-    title: str
-    measure: Callable[..., Figures]
-    answer: Callable[[Figures], str]
-    notebook: str
-
-
-GAUSSIAN, BUDGET, MEMORY = "1_walkthrough", "2_the_budget_finds_itself", "3_memory_and_speed"
-QUALITY = "4_experiments"
-QUESTIONS = {
-    1: Question("Is it Gaussian?", gaussian, answer_gaussian, GAUSSIAN),
-    2: Question("Are sampled queries good proxies?", proxies, answer_proxies, GAUSSIAN),
-    3: Question("How much do two runs differ?", seeds, answer_seeds, BUDGET),
-    4: Question("When does the paper's rule help, when does it hurt?", endings, answer_endings, BUDGET),
-    5: Question("Can the memory be capped, and what does it cost?", cap, answer_cap, MEMORY),
-    6: Question("Could one pool of samples serve every prompt?", pool, answer_pool, BUDGET),
-    7: Question("What becomes of long answers, and of a second turn?", later, answer_later, QUALITY),
-    8: Question("Is an automatic budget safe?", safe, answer_safe, BUDGET),
-}
+QUESTIONS = dict(enumerate((gaussian, proxies, seeds, endings, cap, pool, later, safe), start=1))
 
 
 def results() -> dict[str, dict]:
-    return json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    return json.loads(RESULTS.read_text("utf-8"))
 
 
 def figures_of(number: int) -> Figures:
-    """A question's figures from the file of results: by text, or a curve."""
-    figures = results()[str(number)]["figures"]
+    return results()[str(number)]["figures"]
+
+
+def ask(number: int, model: Llama, tokenizer, n: int) -> Figures:
+    """A question's figures of the first n texts. Of a curve, such as "by layer", there is only the mean."""
+    figures = defaultdict(list)
+    for text in range(n):
+        for name, value in QUESTIONS[number](model, tokenizer, text).items():
+            figures[name].append(value if isinstance(value, list) else float(value))
     return {
-        name: figure["by_text"] if "by_text" in figure else figure["mean"] for name, figure in figures.items()
+        name: list(map(fmean, zip(*values, strict=True))) if isinstance(values[0], list) else values
+        for name, values in figures.items()
     }
 
 
-class Markdown(str):
-    """Text that a notebook shows as a table, and print as it is."""
-
-    def _repr_markdown_(self) -> str:
-        return self
-
-
-def table(*numbers: int) -> Markdown:
-    """The questions (all of them, if none is named), what was measured, and the notebook that says more."""
-    found = results()
-    lines = ["| Question | Measured: mean (95% interval) | Texts | Notebook |", "| --- | --- | --- | --- |"]
-    for number in numbers or QUESTIONS:
-        question, result = QUESTIONS[number], found.get(str(number))
-        answer = question.answer(figures_of(number)) if result else "not measured yet"
-        link = f"[{question.notebook[0]}]({question.notebook}.ipynb)"
-        lines.append(
-            f"| {number}. {question.title} | {answer} | {result['texts'] if result else 0} | {link} |"
-        )
-    return Markdown("\n".join(lines))
+def ask_again(number: int, model: Llama, tokenizer, n: int):
+    """How far are the figures of the first n texts, measured again, from those in the file of results?"""
+    again, off = ask(number, model, tokenizer, n), []
+    for name, before in figures_of(number).items():
+        if len(again[name]) == n:
+            off += [abs(x - y) / (abs(y) or 1) for x, y in zip(again[name], before, strict=False)]
+    print(f"check: {n} of the texts measured anew, at most {max(off):.1%} off the stored numbers")
 
 
-def grid(header: list[str], rows: Iterable[list[str]]) -> Markdown:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def grid(header: list[str], lines: Iterable[list[str]]) -> Markdown:
+    """A table for a notebook."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def by_name(number: int, columns: Iterable[str], rows: dict[str, str | tuple[str, str]]) -> Markdown:
-    """A question's means and 95% intervals as a table. rows: the names of figures, with {} in place of the
+def by_name(number: int, columns: Iterable[str], titles: dict[str, str | tuple[str, str]]) -> Markdown:
+    """A question's means and 95% intervals as a table. titles: the names of figures, with {} in place of the
     column, and what to call them, perhaps with a number format."""
     figures, columns, lines = figures_of(number), list(columns), []
-    for name, title in rows.items():
+    for name, title in titles.items():
         title, spec = title if isinstance(title, tuple) else (title, ".3g")
         found = [figures.get(name.format(column)) for column in columns]
-        lines.append([title, *(show(x, spec) if x else "–" for x in found)])
+        lines.append([title, *(with_interval(*bootstrap(x), spec) if x else "–" for x in found)])
     return grid(["", *columns], lines)
 
 
@@ -587,69 +416,24 @@ def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
     }
 
 
-def compare(number: int, again: Figures):
-    """Figures of the first texts, measured again, against those in the file of results; times left aside."""
-    before, off = figures_of(number), {}
-    for name in again:
-        if "time" not in name and isinstance(again[name][0], float):
-            pairs = zip(again[name], before[name], strict=False)  # of fewer texts
-            off[name] = max(abs(new - old) / (abs(old) or 1) for new, old in pairs)
-    n_texts = len(next(iter(again.values())))
-    print(
-        f"check: {n_texts} of the texts measured anew, at most {max(off.values()):.1%} off the stored numbers"
-    )
-
-
-def summary(values: list) -> dict:
-    """Of a figure: mean and 95% interval of the texts, and each text's value; of curves only their mean."""
-    if isinstance(values[0], list):
-        return {"mean": [rounded(fmean(point)) for point in zip(*values, strict=True)]}
-    mean, low, high = map(rounded, bootstrap(values))
-    return {"mean": mean, "interval": [low, high], "by_text": list(map(rounded, values))}
-
-
-def rounded(x: float) -> float:
-    return float(f"{x:.4g}")
-
-
-def save(everything: dict[str, dict]):
-    text = json.dumps(dict(sorted(everything.items())), indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[^]]*]", lambda numbers: " ".join(numbers[0].split()), text)  # a list is one line
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(text + "\n", "utf-8")
-
-
-def load() -> tuple:
-    torch.set_grad_enabled(False)
-    folder = checkpoint_folder()
-    return Llama.from_pretrained(folder), load_tokenizer(folder)
-
-
 def main(numbers: list[int]):
+    from start import model, tokenizer  # loads it
+
     git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(
-        git, capture_output=True, text=True
-    ).stdout.strip()  # that of the code now running
-    model, tokenizer = load()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()  # of the code now running
+    machine = f"{device_name()}, Python {platform.python_version()}, torch {torch.__version__}"
     for number in numbers or QUESTIONS:
-        question, start = QUESTIONS[number], time.perf_counter()
-        figures = question.measure(model, tokenizer)
-        result = {
-            "question": question.title,
-            "command": f"python notebooks/questions.py {number}",
-            "commit": commit,
-            "machine": f"{device_name()}, Python {platform.python_version()}, torch {torch.__version__}",
-            "settings": f"{DEFAULT}, float32, top_p 0.95, 8 samples, {N_PROMPT} tokens of prompt",
-            "seconds": round(time.perf_counter() - start),
-            "texts": max(map(len, figures.values())),
-            "figures": {name: summary(values) for name, values in figures.items()},
-        }
-        save(results() | {str(number): result})
-        print(f"{number}. {question.title} ({result['seconds']} s)\n{question.answer(figures)}\n", flush=True)
+        start = time.perf_counter()
+        figures = ask(number, model, tokenizer, 40 if number == 8 else 12)
+        about = {"commit": commit, "machine": machine, "seconds": round(time.perf_counter() - start)}
+        rounded = {name: [float(f"{x:.4g}") for x in values] for name, values in figures.items()}
+        text = json.dumps(results() | {str(number): about | {"figures": rounded}}, indent=1)
+        # a list is one line
+        text = re.sub(r"\[[^]]*]", lambda numbers: " ".join(numbers[0].split()), text)
+        RESULTS.write_text(text + "\n", "utf-8")
+        for name, values in rounded.items():
+            print(f"{number}. {name}: {with_interval(*bootstrap(values), '.3g')}", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["table"]:
-        print(table())
-    else:
-        main([int(number) for number in sys.argv[1:]])
+    main([int(number) for number in sys.argv[1:]])

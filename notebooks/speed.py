@@ -1,7 +1,9 @@
-"""How fast is a token? Every ratio sets two things against each other: in turns, in one process, on real
-text.
+"""For notebook 3: how fast is a token, and how much memory does a cache take? Writes nothing.
 
-python notebooks/speed.py         two tables, with the device's name; about five minutes on 2 cores
+python notebooks/speed.py         two tables of times, with the device's name; five minutes on 2 cores
+
+Every ratio of times sets two things against each other: in turns, in one process, on real text. Memory is
+counted by us, and seen by the operating system in processes of their own, which import this file.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from wherever it
 import torch
 from torch import Tensor
 
-from generate import checkpoint_folder, compiled_call, default_device, default_dtype, encode, load_tokenizer
+from generate import checkpoint_folder, compiled_call, default_device, default_dtype, encode
 from gvote import GVote, PeakVotes, Policy
 from model import KVCache, Llama, keep_all
 
@@ -32,16 +35,25 @@ DEVICE = default_device()
 DTYPE = default_dtype(DEVICE)
 EAGER = None
 CONTEXTS = [512, 1024, 2048, 4096, 8192 - 64]
+WAYS = ("full cache", "GVote, layer by layer", "GVote, after the last layer")
+
+
+def model_and_prompts() -> tuple[Llama, Tensor, Tensor]:
+    """The default model, the running example (1, T), and the longest prompt that leaves 64 tokens of the
+    model's context."""
+    from start import model, prompt, tokenizer  # not above: it loads the model
+
+    text = "".join(topics[name] for name in ("objects", "import", "compound"))
+    pages = encode(tokenizer, text, chat=False)[:, : model.config.context_length - 64]
+    return model.to(DEVICE, DTYPE), prompt.to(DEVICE), pages.to(DEVICE)
 
 
 def device_name() -> str:
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next(
-        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{name}, {torch.get_num_threads()} threads"
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
 def now() -> float:
@@ -75,15 +87,15 @@ def race(n_repeats: int, *steps, n_warm: int = 2) -> list[list[float]]:
     return [times[n_warm:] for times in seconds]
 
 
-def compare(slow: list[float], fast: list[float]) -> str:
+def times_as_fast(slow: list[float], fast: list[float]) -> str:
     """Median times, and how many times as fast the second is: the median of the rounds, and their range."""
     ratios = sorted(a / b for a, b in zip(slow, fast, strict=True))
     times = f"{1000 * median(slow):7.1f} ms {1000 * median(fast):7.1f} ms"
-    return f"{times}  {median(ratios):5.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+    return f"{times}  {median(ratios):5.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
 
 
-def read(model: Llama, ids: Tensor, policy=None, n: int = 1) -> KVCache:
-    """The cache of n equal prompts."""
+def filled_cache(model: Llama, ids: Tensor, policy=None, n: int = 1) -> KVCache:
+    """That of n equal prompts."""
     cache = KVCache(model.config, n, max_new_tokens=64)
 
     def fill(attn, hidden, keys, values):
@@ -114,7 +126,7 @@ def hugging_face(ids: Tensor, press=None):
 
     disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(checkpoint_folder(), dtype=DTYPE, attn_implementation="sdpa")
-    model, cache = model.to(DEVICE).eval(), DynamicCache()
+    model, cache = model.to(DEVICE).eval().requires_grad_(False), DynamicCache()
     with press(model) if press else nullcontext():
         model(ids, past_key_values=cache, logits_to_keep=1)
     n_rows, token = cache.get_seq_length(), ids[:, :1]
@@ -146,46 +158,25 @@ def attention_only(model: Llama, cache: KVCache):
     return step
 
 
+def in_fresh_process(call: str, **variables: str) -> float:
+    """The number that a call of a function of this file, such as "first_compiled_token()", returns in a
+    process of its own with these environment variables. Raises OSError, with its last line, if it fails."""
+    command = [sys.executable, "-c", f"import speed; print(speed.{call})"]
+    settings = dict(cwd=Path(__file__).parent, env=os.environ | variables, capture_output=True, text=True)
+    # Ctrl-C ends us, and we end it
+    done = subprocess.run(command, start_new_session=True, **settings)
+    if done.returncode:
+        raise OSError(done.stderr.strip().splitlines()[-1])
+    return float(done.stdout)
+
+
 def first_compiled_token() -> float:
     """Seconds, of which nearly all go into compiling."""
-    model = Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE)
-    step = one_token(
-        model, read(model, torch.zeros(1, 100, dtype=torch.long, device=DEVICE)), compiled_call(DEVICE)
-    )
-    start = now()
-    step()
-    return now() - start
+    model, prompt, _ = model_and_prompts()
+    step = one_token(model, filled_cache(model, prompt[:, :100]), compiled_call(DEVICE))
+    return race(1, step, n_warm=0)[0][0]
 
 
-def compile_seconds() -> list[float]:
-    """Of the first compiled token in a new process: with an empty compiler's cache, and with the one it
-    left."""
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):
-            command = [sys.executable, "-c", "import speed; print(speed.first_compiled_token())"]
-            env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
-            settings = dict(
-                env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )  # Ctrl-C ends us, we it
-            done = subprocess.run(command, cwd=Path(__file__).parent, **settings)
-            if done.returncode:
-                raise OSError("a new process could not compile a token: is the disk full?")
-            seconds.append(float(done.stdout))
-    return seconds
-
-
-def load() -> tuple[Llama, Tensor]:
-    """The default model, and the longest prompt (1, T) that leaves it 64 tokens of its context."""
-    model, tokenizer = (
-        Llama.from_pretrained(checkpoint_folder(), DTYPE, DEVICE),
-        load_tokenizer(checkpoint_folder()),
-    )
-    text = "".join(topics[name] for name in ("objects", "import", "compound"))
-    return model, encode(tokenizer, text, chat=False)[:, : model.config.context_length - 64].to(DEVICE)
-
-
-@torch.no_grad()
 def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 11) -> tuple[dict, dict]:
     """The full cache against GVote's, eager and compiled: one token after prompts of several lengths, all in
     turns.
@@ -198,7 +189,8 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
         gvote, start = Timed(GVote()), now()
         full, kept = (KVCache(model.config, max_new_tokens=64) for _ in range(2))
 
-        def fill_both(attn, hidden, keys, values, full=full, gvote=gvote):  # one reading serves both caches
+        # one reading serves both caches
+        def fill_both(attn, hidden, keys, values, full=full, gvote=gvote):
             full.fill(attn.layer, keys, values, keep_all(attn, hidden, keys, values))
             return gvote(attn, hidden, keys, values)
 
@@ -207,11 +199,8 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
         shares[n] = gvote.seconds / (now() - start)
         caches |= {(n, "full"): full, (n, "GVote"): kept}
     calls = {"eager": EAGER, "compiled": compiled}
-    steps = {
-        (n, how, way): one_token(model, cache, calls[how])
-        for how in calls
-        for (n, way), cache in caches.items()
-    }
+    runs = [(n, how, way) for how in calls for n, way in caches]
+    steps = {(n, how, way): one_token(model, caches[n, way], calls[how]) for n, how, way in runs}
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
     print("        GVote    its share of                one token:")
     print("tokens  keeps    the prefill                 full      GVote   times as fast (range)")
@@ -219,41 +208,40 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
         for how in calls:
             share = f"{caches[n, 'GVote'].usage:7.0%}{shares[n]:13.1%}" if how == "eager" else " " * 20
             slow, fast = seconds[n, how, "full"], seconds[n, how, "GVote"]
-            print(f"{n:6}{share}   {how:>9}{compare(slow, fast)}", flush=True)
+            print(f"{n:6}{share}   {how:>9}{times_as_fast(slow, fast)}", flush=True)
     return seconds, caches
 
 
-@torch.no_grad()
 def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     """Our decoding and prefill against transformers' and kvpress'. Prints a table."""
-    try:
-        first, later = compile_seconds()
-        print(f"first compiled token of the first process: {first:.1f} s, of a later process: {later:.1f} s")
-    except OSError as error:
-        print(f"first compiled token: not measured ({error})")
+    with tempfile.TemporaryDirectory() as folder:
+        # the compiler's cache is empty, and then it is what the first process left
+        variables = {"TORCHINDUCTOR_CACHE_DIR": folder}
+        first, later = (in_fresh_process("first_compiled_token()", **variables) for _ in range(2))
+    print(f"first compiled token of the first process: {first:.1f} s, of a later process: {later:.1f} s")
     compiled = compiled_call(DEVICE)
 
-    def show(what: str, slow: list[float], fast: list[float]):
-        print(f"{what:66}{compare(slow, fast)}", flush=True)
+    def print_line(what: str, slow: list[float], fast: list[float]):
+        print(f"{what:66}{times_as_fast(slow, fast)}", flush=True)
 
     print(f"{'one token, if not said otherwise':66}     first     second   times as fast (range)")
     for length in (128, n):
-        full, (theirs, their_token) = read(model, ids[:, :length]), hugging_face(ids[:, :length])
+        full, (theirs, their_token) = filled_cache(model, ids[:, :length]), hugging_face(ids[:, :length])
         for name, call in (("ours", EAGER), ("ours compiled", compiled)):
             seconds = race(n_repeats, their_token, one_token(model, full, call))
-            show(f"{length} tokens, full cache: transformers, {name}", *seconds)
-    caches = [read(model, ids[:, :n], policy, 8) for policy in (None, GVote())]
+            print_line(f"{length} tokens, full cache: transformers, {name}", *seconds)
+    caches = [filled_cache(model, ids[:, :n], policy, 8) for policy in (None, GVote())]
     for name, call in (("", EAGER), (", compiled", compiled)):
         seconds = race(n_repeats, *(one_token(model, cache, call) for cache in caches))
-        show(f"{n} tokens, 8 prompts{name}: full, GVote ({caches[1].usage:.0%} kept)", *seconds)
+        print_line(f"{n} tokens, 8 prompts{name}: full, GVote ({caches[1].usage:.0%} kept)", *seconds)
     del caches
     from kvpress import AdaKVPress, ExpectedAttentionPress
 
     _, step = hugging_face(ids[:, :n], AdaKVPress(ExpectedAttentionPress(0.5)))
-    gvote = one_token(model, read(model, ids[:, :n], GVote()))
+    gvote = one_token(model, filled_cache(model, ids[:, :n], GVote()))
     masked, full, ours = race(n_repeats, step, their_token, gvote)
-    show(f"{n} tokens: kvpress' AdaKV (50% masked), ours with GVote", masked, ours)
-    show(f"{n} tokens: transformers' full cache, ours with GVote", full, ours)
+    print_line(f"{n} tokens: kvpress' AdaKV (50% masked), ours with GVote", masked, ours)
+    print_line(f"{n} tokens: transformers' full cache, ours with GVote", full, ours)
 
     timed = []
 
@@ -262,19 +250,78 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
         model(ids[:, :n], KVCache(model.config), timed[-1])
 
     seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), prefill, n_warm=1)
-    show(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
+    print_line(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
     shares = [gvote.seconds / total for gvote, total in zip(timed[1:], seconds[1], strict=True)]
-    print(f"GVote's share of its prefill: {median(shares):.1%} ({min(shares):.1%}-{max(shares):.1%})")
+    print(f"GVote's share of its prefill: {median(shares):.1%} ({min(shares):.1%}–{max(shares):.1%})")
     timed, start = Timed(PeakVotes()), now()
     model(ids[:, :n], KVCache(model.config), timed)
     print(f"PeakVotes' share of its prefill: {timed.seconds / (now() - start):.1%}")
 
 
+# How much memory does a cache take while a prompt is read?
+
+
+def bytes_held(model: Llama, prompt: Tensor, policy: Policy) -> list[int]:
+    """Bytes that the caches of all layers take together: when each layer has just made its keys, and at the
+    end. There is no room for new tokens."""
+    cache, nbytes = KVCache(model.config, max_new_tokens=0), []
+
+    def watched(attn, hidden, keys, values):
+        # the layers before, and this one's
+        nbytes.append(cache.nbytes + keys.nbytes + values.nbytes)
+        return policy(attn, hidden, keys, values)
+
+    model(prompt, cache, watched)
+    return [*nbytes, cache.nbytes]
+
+
+def resident(name: str) -> int:
+    """Bytes: what the process has now (VmRSS) or had at most (VmHWM); on CUDA, what torch allocated."""
+    if DEVICE.type == "cuda":
+        return {"VmRSS": torch.cuda.memory_allocated, "VmHWM": torch.cuda.max_memory_allocated}[name]()
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def growth(way: str) -> int:
+    """By how many bytes does this process grow, at most, while it reads the running example?"""
+    (model, prompt, _), full = model_and_prompts(), []
+
+    def compress_later(attn, hidden, keys, values):
+        full.append((attn.layer, keys, values, GVote()(attn, hidden, keys, values)))
+        return torch.zeros_like(full[-1][-1])
+
+    model(prompt[:, :16], KVCache(model.config))  # warm up
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # forgets the peak so far: loading the model takes more
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    cache = KVCache(model.config, max_new_tokens=0)
+    model(prompt, cache, dict(zip(WAYS, (None, GVote(), compress_later), strict=True))[way])
+    for layer in full:
+        cache.fill(*layer)
+    return resident("VmHWM") - before
+
+
+def fresh_processes(n_runs: int) -> Iterator[str]:
+    """A line for each way to read the running example: by how much a fresh process grows, over n runs."""
+    # glibc keeps freed memory for later: so told, it returns it at once, and a peak counts what is in use
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    for way in WAYS:
+        try:
+            peaks = [in_fresh_process(f"growth({way!r})", **at_once) / 2**20 for _ in range(n_runs)]
+        except OSError as error:
+            yield f"not measured, which needs CUDA or Linux with its /proc ({error})"
+            return
+        yield f"{way:28} {median(peaks):5.0f} MiB more at the peak ({min(peaks):.0f}–{max(peaks):.0f})"
+
+
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    layout = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=layout).parse_args()
     print(f"{device_name()}; {DTYPE}; torch {torch.__version__}".replace("torch.", "", 1))
-    model, ids = load()
-    by_context(model, ids, CONTEXTS)
-    side_by_side(model, ids)
+    model, _, pages = model_and_prompts()
+    by_context(model, pages, CONTEXTS)
+    side_by_side(model, pages)

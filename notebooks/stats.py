@@ -1,4 +1,7 @@
-"""How sure is a mean of a few instances? Intervals, and differences of methods on the same instances."""
+"""For all notebooks: how sure is a mean of a few instances? Writes nothing.
+
+Intervals, differences of methods on the same instances, and the one way in which this folder prints them.
+"""
 
 import math
 import random
@@ -28,14 +31,23 @@ def log_ratio(ours: Sequence[float], theirs: Sequence[float], least: float = 1e-
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """By what are theirs multiplied, pair by pair? The geometric mean, and its 95% interval."""
+    """By what are theirs multiplied, pair by pair? The geometric mean, and its 95% interval. What all of an
+    instance's figures have in common drops out."""
     mean, low, high = map(math.exp, bootstrap(log_ratio(ours, theirs)))
     return mean, low, high
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
-    """A ratio and its interval as a table shows them: "2.71 (2.05-3.69)", and from 10 on without decimals."""
-    return "{} ({}-{})".format(*(f"{x:.0f}" if x >= 10 else f"{x:.2f}" for x in (mean, low, high)))
+def with_interval(mean: float, low: float, high: float, spec: str = "", unit: str = "") -> str:
+    """What `bootstrap` or `ratio` gives, as a table shows it: "2.71 (2.05–3.69)", or "59% (56–62)". spec: the
+    numbers' format, by default two decimals, and none from 10 on."""
+    mean, low, high = (f"{x:{spec or ('.0f' if x >= 10 else '.2f')}}" for x in (mean, low, high))
+    return f"{mean}{unit} ({low}–{high})"
+
+
+def tally(right: Sequence[float]) -> str:
+    """How many answers are right (1, else 0), and the 95% interval of the share: "11 of 12 (65–99%)"."""
+    low, high = wilson(fmean(right), len(right))
+    return f"{sum(right):.0f} of {len(right)} ({100 * low:.0f}–{high:.0%})"
 
 
 def print_table(rows: list[list[str]]):

@@ -1,7 +1,8 @@
-"""The statistics of questions.py, on small cases made by hand."""
+"""questions.py: its statistics on small cases made by hand, and its file of results."""
 
-import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,9 +50,8 @@ def test_entries_are_gvotes_masks(layer, rule, top_p):
 
 def test_a_cap_keeps_the_first_to_enter_and_never_more():
     entries = torch.tensor([[[0.0, 0.4, 0.97, 0.2], [0.6, 0.1, 0.9, 0.99]]])  # 2 heads, 4 keys
-    assert questions.capped(entries, 0.5).tolist() == [
-        [[True, True, False, True], [False, True, False, False]]
-    ]
+    expected = [[[True, True, False, True], [False, True, False, False]]]
+    assert questions.capped(entries, 0.5).tolist() == expected
     assert torch.equal(questions.capped(entries, 0.99), entries < 0.95)  # asks for less than the cap
     for most in (0.1, 0.3, 0.62):
         assert questions.capped(noise(1, 3, 40).sigmoid(), most).float().mean() <= most
@@ -65,40 +65,49 @@ def test_a_mixture_is_the_fit_to_all_texts_together():
     torch.testing.assert_close(std, torch.cat(texts).std(dim=0, correction=0))
 
 
-def test_ratios_are_of_the_same_text():
-    assert questions.show_ratio([2, 20, 200, 2000], [1, 10, 100, 1000]) == "2.00 (2.00–2.00)"
-    assert questions.show_ratio([1, 4], [2, 2]) == "1.00 (0.50–2.00)"  # half and double
-
-
-def test_where_the_answers_of_a_chat_are():
-    model, tokenizer = questions.load()
-    task, places = questions.chat(model, tokenizer, "Ann has a cat.", ("Who is Ann?", None), ("And?", "No."))
+def test_where_the_answers_of_a_chat_are(llama, tokenizer):
+    turns = ("Who is Ann?", None), ("And?", "No.")
+    task, places = questions.chat(llama, tokenizer, "Ann has a cat.", *turns)
     right = task.full.argmax(dim=-1) == task.after[0, 1:]
     assert right[places[0]].all()  # the first answer is the full cache's own
     assert tokenizer.decode(task.after[0, 1:][places[1]]) == "No."
 
 
-def test_forty_prompts_of_one_length():
-    _, tokenizer = questions.load()
+def test_forty_prompts_of_one_length(tokenizer):
     prompts = questions.prompts(tokenizer)
     assert len(prompts) == 40 and {ids.shape for ids in prompts} == {(1, questions.N_PROMPT)}
     assert len({tuple(ids[0].tolist()) for ids in prompts}) == 40
+    of_one_word = [ids for ids, kind in zip(prompts, 5 * questions.KINDS, strict=True) if "word rep" in kind]
+    assert len(of_one_word) == 5 and all(len(ids.unique()) == 1 for ids in of_one_word)
 
 
-def test_answers_follow_the_file_of_results(tmp_path, monkeypatch):
+def test_figures_have_a_value_for_each_text_and_a_curve_is_a_mean(monkeypatch):
+    def measured(model, tokenizer, number):
+        return {"kept": torch.tensor(number + 1.0), "by layer": [number, 2.0 * number, 7.0]}
+
+    monkeypatch.setitem(questions.QUESTIONS, 1, measured)
+    assert questions.ask(1, None, None, 3) == {"kept": [1, 2, 3], "by layer": [1, 2, 7]}
+
+
+def test_what_was_measured_is_in_the_file_and_in_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(questions, "RESULTS", tmp_path / "questions.json")
-    assert questions.table().count("not measured yet") == 8
-    for most in (97.0, 62.0):
-        values = [50.0] * 7 + [most]
-        figures = {rule: questions.summary(values) for rule in questions.RULES}
-        questions.RESULTS.write_text(json.dumps({"8": {"texts": 8, "figures": figures}}))
-        assert f"{most:.0f}%" in questions.table(8)
-        grid = questions.by_name(8, [*questions.RULES, "other"], {"{}": "kept"})
-        assert [len(line.split("|")) for line in grid.splitlines()] == [6, 6, 6]
-        assert f"| {50 + (most - 50) / 8:.3g} (" in grid and grid.endswith("| – |")
+    monkeypatch.setitem(sys.modules, "start", SimpleNamespace(model=None, tokenizer=None))
+    monkeypatch.setitem(questions.QUESTIONS, 8, lambda *_: {"a, kept": 50.0, "b, kept": 12.345678})
+    questions.RESULTS.write_text('{"3": "stays"}')
+    questions.main([8])
+    assert questions.results()["3"] == "stays"
+    assert questions.figures_of(8) == {"a, kept": [50.0] * 40, "b, kept": [12.35] * 40}
+    table = questions.by_name(8, "abc", {"{}, kept": "share", "{}, kl": ("KL", ".1f")}).data
+    assert table.splitlines()[2:] == ["| share | 50 (50–50) | 12.3 (12.3–12.3) | – |", "| KL | – | – | – |"]
+    capsys.readouterr()
+    monkeypatch.setitem(questions.QUESTIONS, 8, lambda *_: {"a, kept": 60.0, "b, kept": 12.35})
+    questions.ask_again(8, None, None, 2)
+    assert capsys.readouterr().out.startswith("check: 2 of the texts measured anew, at most 20.0% off")
 
 
-def test_all_questions_are_answered():
-    table = questions.table()
-    assert "not measured yet" not in table and "nan" not in table and "inf" not in table
-    assert len(table.splitlines()) == 2 + len(questions.QUESTIONS)
+def test_the_file_of_results_has_all_texts():
+    for number in questions.QUESTIONS:
+        figures = questions.figures_of(number)
+        lengths = {len(values) for name, values in figures.items() if not name.endswith("by layer")}
+        assert lengths == {40 if number == 8 else 12}
+        assert all(math.isfinite(x) for values in figures.values() for x in values)
