@@ -203,9 +203,8 @@ def mean(rows: list[dict], figure: str) -> float:
 
 def count(rows: list[dict], interval: bool = True) -> str:
     """How many numbers were found, and the 95% interval of the share."""
-    low, high = stats.wilson(mean(rows, "found"), len(rows))
-    counted = f"{sum(row['found'] for row in rows):.0f} of {len(rows)}"
-    return f"{counted} ({100 * low:.0f}-{high:.0%})" if interval else counted
+    right = [row["found"] for row in rows]
+    return stats.tally(right) if interval else f"{sum(right):.0f} of {len(right)}"
 
 
 def kl_ratio(rows: list[dict], policy: str, reference: str, *of) -> tuple[float, float, float]:
@@ -228,7 +227,7 @@ def table(rows: list[dict], policies: list[str], length: int | None) -> list[lis
         needles, texts, code, threes = (select(rows, name, length, [kind]) for kind in KINDS)
         every, cells = select(rows, name, length), []
         for some in (texts, code):
-            cells.append("{:.3f} ({:.3f}-{:.3f})".format(*stats.bootstrap([row["kl"] for row in some])))
+            cells.append(stats.with_interval(*stats.bootstrap([row["kl"] for row in some]), ".3f"))
         cells.append(stats.with_interval(*kl_ratio(rows, name, reference, length, ["text", "code"])))
         kept = [f"{mean(every, 'kept'):.0%}", f"{max(row['kept'] for row in every):.0%}"]
         lines.append([name, *kept, count(needles), count(threes, False), *cells, f"{cost(texts):.0%}"])

@@ -1,14 +1,12 @@
-"""The notebooks' helpers: baselines and press against kvpress, tasks and benchmarks against cases by hand."""
+"""The notebooks' helpers: baselines and press against kvpress, tasks against cases by hand."""
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -16,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 import baselines
-import benchmarks
 import ladder
 import tasks
 from generate import (
@@ -24,14 +21,13 @@ from generate import (
     POLICIES,
     checkpoint_folder,
     encode,
-    generate,
     load_tokenizer,
     make_policy,
     prepare,
     render,
 )
 from gvote import GVote, PeakVotes, top_p_mask
-from model import KVCache, Llama, LlamaConfig
+from model import KVCache, Llama
 from tasks import record
 from test_gvote import TINY, random_ids, tiny_llama
 
@@ -370,274 +366,6 @@ def test_a_note_is_given_back_to_some_heads(llama, tokenizer):
     assert back.any(dim=-1).nonzero().tolist() == [[1, 0], [29, 2]]
     kept = task.prompt[0, back[1, 0]].tolist()
     assert re.search(r"number for \w+ is \d{7}\.$", tokenizer.decode(kept))
-
-
-# ---- benchmarks.py
-
-
-def jsonl(file: Path, *lines: dict) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
-
-
-def read_examples(benchmark: str, file: Path) -> list[benchmarks.Example]:
-    return benchmarks.read_lines(file, lambda raw: benchmarks.BENCHMARKS[benchmark](file, raw))
-
-
-def longbench_file(folder: Path, dataset: str, answers: list[str], classes=None) -> Path:
-    (folder / "config").mkdir(parents=True)
-    (folder / "config" / "dataset2prompt.json").write_text(
-        json.dumps({dataset: "{context} | {input} | Answer:"})
-    )
-    (folder / "config" / "dataset2maxlen.json").write_text(json.dumps({dataset: 6}))
-    line = {
-        "input": "Who {sat}?",
-        "context": "word " * 200,
-        "answers": answers,
-        "dataset": dataset,
-        "language": "en",
-    }
-    line |= {"all_classes": classes, "length": 200, "_id": "0"}
-    return jsonl(folder / "data" / f"{dataset}.jsonl", line)
-
-
-GSM8K = [
-    {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
-    for n in range(4)
-]
-
-
-def test_gsm8k_compares_the_last_number(tmp_path):
-    example, thousand = read_examples(
-        "gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[3], {"question": "?", "answer": "#### 1,234"})
-    )
-    assert "What is 3 + 1?" in example.prompt and "####" not in example.prompt
-    for answer, right in [
-        ("3 + 1 = 4", 1),
-        ("It is $4.00.", 1),
-        ("**4**", 1),
-        (r"\boxed{4}", 1),
-        ("4, not 5", 0),
-    ]:
-        assert example.score(answer) == right, answer
-    assert example.score("four") == example.score("-4") == example.score("") == example.score("$.4") == 0
-    assert thousand.score("so $1,234.") == thousand.score("1234") == 1 != thousand.score("234")
-
-
-def test_ruler_counts_what_occurs(tmp_path):
-    line = {"index": 7, "input": "Read it.", "outputs": ["Abc", "42"], "length": 9}
-    (example,) = read_examples("ruler", jsonl(tmp_path / "niah_multivalue" / "validation.jsonl", line))
-    assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2", "")] == [1, 0.5, 0, 0]
-    assert (example.task, example.max_new_tokens, example.chat) == (
-        "niah_multivalue",
-        128,
-        False,
-    )  # an older file
-    (example,) = read_examples("ruler", jsonl(tmp_path / "qa_1.jsonl", line | {"answer_prefix": " Answer:"}))
-    assert [example.score(answer) for answer in ("ABC and 421", "abc", "4 2")] == [1, 1, 0]
-    assert (example.task, example.max_new_tokens, example.chat) == ("qa_1", 32, True)
-    for start in ("<|begin_of_text|>", "[INST] "):  # made with a model's own template
-        line |= {"answer_prefix": " Answer:", "input": start + "Read it."}
-        assert not read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))[0].chat
-
-
-@pytest.mark.parametrize(
-    "dataset, answers, classes, figures",
-    [
-        (
-            "qasper",
-            ["The cat sat.", "Nobody"],
-            None,
-            {"a cat": 2 / 3, "Cat, sat!": 1, "nobody": 1, "dog": 0, "": 0},
-        ),
-        # distinct words, and shared ones of any two sentences: {a, b, c}; {a, c} or {b}, {a}; {}
-        (
-            "gov_report",
-            ["a b c"],
-            None,
-            {"a b c": 1, "a x. b c": 2 * 3 / (3 + 4), "c b": 2 / 5, "a a a": 1 / 2, "": 0},
-        ),
-        ("samsum", ["a b"], None, {"\na b\nDialogue: x": 1, "a\nb": 2 / 3}),
-        ("trec", ["Food"], ["Food", "Animal"], {"Food": 1, "Food or Animal": 0.5, "food": 0, "x\nFood": 0}),
-        ("trec", ["Other food"], ["food", "Other food", "Animal"], {"Other food": 1, "food": 0}),
-        ("passage_retrieval_en", ["Paragraph 7"], None, {"Paragraph 7": 1, "7 or 8": 0.5, "17": 0, "": 0}),
-        ("passage_count", ["7"], None, {"7": 1, "7, 7, 8, 9": 0.5, "none": 0}),
-        ("lcc", ["x = 1"], None, {"\n# so\n```\nx = 1\ny": 1, "x = 2": 0.8, "// x = 1": 0}),
-    ],
-)
-def test_longbench_metrics_by_hand(dataset, answers, classes, figures, tmp_path):
-    (example,) = read_examples("longbench", longbench_file(tmp_path, dataset, answers, classes))
-    assert example.prompt == "word " * 200 + " | Who {sat}? | Answer:" and example.max_new_tokens == 6
-    assert example.chat == (dataset not in ("trec", "samsum", "lcc"))
-    assert {answer: example.score(answer) for answer in figures} == pytest.approx(figures, abs=0.005)
-
-
-def test_a_stopped_run_goes_on_where_it_was(tmp_path):
-    out, seen, settings, dropped = tmp_path / "results.jsonl", [], {"method": "full"}, 0
-    examples = read_examples("gsm8k", jsonl(tmp_path / "test.jsonl", *GSM8K))
-
-    def run(settings=settings, stop_at=None):
-        def answer(example):
-            assert len(out.read_text().splitlines()) == len(seen) - dropped  # on the disk at once
-            if len(seen) == stop_at:
-                raise KeyboardInterrupt
-            seen.append(example.prompt.split("?")[0])
-            return "It is 1.", 0.25 * len(seen)
-
-        done = benchmarks.finished(out, settings)
-        benchmarks.run(examples, done, out, settings, answer)
-        return done
-
-    with pytest.raises(KeyboardInterrupt):
-        run(stop_at=2)
-    assert len(out.read_text().splitlines()) == 2
-    with open(out, "r+") as file:
-        file.truncate(out.stat().st_size - 9)  # the second line was not written whole
-    dropped = 1
-    done = run()
-    assert seen == ["What is 0 + 1", "What is 1 + 1"] + ["What is 1 + 1", "What is 2 + 1", "What is 3 + 1"]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["example"] for row in rows] == [0, 1, 2, 3] and [row["score"] for row in rows] == [1, 0, 0, 0]
-    assert rows == [done[number] for number in range(4)] and run() == done and len(seen) == 5
-    # the shares kept are 0.25, 0.75, 1, 1.25
-    assert (
-        benchmarks.summary(done)
-        == "score 25.0 (95% interval 4.6 to 69.9), 4 examples, 81.2% of the keys kept"
-    )
-    run(settings={"method": "gvote"})
-    assert len(seen) == 9 and len(out.read_text().splitlines()) == 8
-    for content in ('{"question": "?"}\n', '{"question": "?"}', "notes"):
-        out.write_text(content)
-        with pytest.raises(ValueError, match="is not a file of results"):
-            run()
-        assert out.read_text() == content
-
-
-def test_benchmark_prompts_and_answers(tmp_path, tokenizer, monkeypatch):
-    torch.manual_seed(0)
-    sizes = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=16, n_hidden=16, head_dim=8, context_length=100)
-    model, read = Llama(LlamaConfig(**sizes)), []
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight)
-    model.register_forward_pre_hook(lambda _, args: read.append(args[0]))
-
-    def ask(example, policy=None):
-        read.clear()
-        return (
-            *benchmarks.answer(model, tokenizer, [2, 0], policy, example),
-            tokenizer.decode(read[0][0].tolist()),
-        )
-
-    line = {"input": "Read it.", "outputs": ["x"], "answer_prefix": " Answer:"}
-    (example,) = read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))
-    text, kept, prompt = ask(example)
-    assert prompt == render(tokenizer, "Read it.") + " Answer:" and kept == 1
-    assert text == tokenizer.decode(list(generate(model, read[0], 30, stop=[2, 0])), skip_special_tokens=True)
-    for method in (baselines.KeyNorm(0.5), baselines.KVzip(0.5)):
-        assert ask(example, method)[1] == pytest.approx(0.5, abs=0.02)
-    line |= {"input": "[INST] Read it. [/INST]"}
-    (with_template,) = read_examples("ruler", jsonl(tmp_path / "vt.jsonl", line))
-    assert ask(with_template)[2] == "[INST] Read it. [/INST] Answer:"
-    (long,) = read_examples("longbench", longbench_file(tmp_path, "qasper", ["x"]))
-    _, _, prompt = ask(long)
-    assert (
-        read[0].size(1) == 94
-        and prompt.startswith(render(tokenizer, "")[:30])
-        and prompt.endswith("assistant\n")
-    )
-    assert prompt.count("| Answer:") == 1 and prompt.count(" word") > 20
-    (few_shot,) = read_examples("longbench", longbench_file(tmp_path / "few", "samsum", ["x"]))
-    used = []
-
-    def three_lines(model, ids, max_new_tokens, policy, stop, cache):
-        model(ids, cache)
-        for token in encode(tokenizer, "\none\ntwo\nthree", chat=False)[0].tolist():
-            used.append(token)
-            yield token
-
-    with monkeypatch.context() as patch:
-        patch.setattr(benchmarks, "generate", three_lines)
-        assert ask(few_shot)[0] == tokenizer.decode(used) == "\none\n"  # no need to wait for the rest
-        assert ask(long)[0] == "\none\ntwo\nthree"
-    (too_long,) = read_examples("gsm8k", jsonl(tmp_path / "test.jsonl", GSM8K[0]))
-    with pytest.raises(ValueError, match="a prompt of .* tokens leaves no room for an answer"):
-        ask(too_long)
-
-
-def test_benchmark_errors_name_the_line(tmp_path):
-    good, file = GSM8K[0], tmp_path / "test.jsonl"
-    for benchmark, name, lines, match in [
-        ("gsm8k", "a", [good, {"answer": "#### 1"}], "line 2: a field is missing: 'question'"),
-        ("gsm8k", "b", [good | {"answer": "1"}], "line 1: the answer does not end with #### and a number"),
-        ("gsm8k", "c", [good, []], "line 2: list indices"),
-        ("ruler", "niah_x", [{"input": "?"}], "line 1: a field is missing: 'outputs'"),
-        ("ruler", "d", [{"input": "?", "outputs": ["x"]}], "line 1: neither the file nor its folder"),
-        (
-            "longbench",
-            "e",
-            [{"dataset": "dureader", "answers": [], "all_classes": None}],
-            "'dureader' is none of",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=rf"{name}.jsonl, {match}" if "line" in match else match):
-            read_examples(benchmark, jsonl(tmp_path / f"{name}.jsonl", *lines))
-    file.write_text(json.dumps(good) + '\n{"question":\n')
-    with pytest.raises(ValueError, match="test.jsonl, line 2: not JSON"):
-        read_examples("gsm8k", file)
-    moved = longbench_file(tmp_path, "qasper", ["x"]).rename(tmp_path / "qasper.jsonl")
-    with pytest.raises(FileNotFoundError, match="dataset2prompt.json is neither in .* nor in its ../config"):
-        read_examples("longbench", moved)
-
-
-def test_benchmark_command(tmp_path, llama, monkeypatch, capsys):
-    line = {"index": 0, "input": "The word is blue. Which?", "outputs": ["blue"], "answer_prefix": " It is"}
-    data, out = jsonl(tmp_path / "vt" / "validation.jsonl", line), tmp_path / "a new folder" / "results.jsonl"
-    script = Path(__file__).parents[1] / "benchmarks.py"
-
-    def run(*args):
-        command = [sys.executable, script, *map(str, args), "--out", out]
-        return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=tmp_path)
-
-    def run_here(*args):
-        monkeypatch.setattr(sys, "argv", ["benchmarks.py", *map(str, args), "--out", str(out)])
-        benchmarks.main()
-
-    def no_model(name):
-        raise OSError("a model is needed")
-
-    args = ["ruler", data, "--method", "gvote_current_query:0.9"]
-    done = run(*args)
-    assert re.fullmatch(
-        r"vt, gvote_current_query:0.9: score .* 1 examples, \d\d.\d% of the keys kept\n", done.stdout
-    )
-    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
-    assert row["settings"]["policy"] == "GVote(top_p=0.9, n_samples=8, seed=0, budget='current_query')"
-    assert row["example"] == 0 and 0 < row["kept"] < 1 and row["prediction"]
-    monkeypatch.setattr(benchmarks, "checkpoint_folder", no_model)
-    run_here(*args)  # all is done
-    assert capsys.readouterr().out == done.stdout
-    jsonl(data, line | {"outputs": ["red"]})
-    others = [[*args[:-1], method] for method in ("gvote_current_query:0.8", "full")]
-    for other in (args, *others, [*args, "--model", "owner/model"]):
-        with pytest.raises(OSError, match="a model is needed"):
-            run_here(*other)
-        jsonl(data, line)
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="a model is needed"):
-        patch.setitem(benchmarks.RULER_MAX_NEW_TOKENS, "vt", 31)
-        run_here(*args)
-
-    failed = run("ruler", tmp_path / "none.jsonl", "--method", "gvote")
-    assert failed.returncode == 1 and re.fullmatch("error: .*No such file .*none.jsonl.*\n", failed.stderr)
-    for args, match in [
-        (["gsm8k", os.devnull], "is empty"),
-        (
-            ["ruler", data, "--method", "half:0.5"],
-            "there is no policy 'half:0.5', only full, gvote, .*, random and FILE.py:NAME",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            run_here(*args)
 
 
 # ---- press.py
