@@ -8,8 +8,8 @@ draws from a Gaussian. So GVote draws some, and lets each vote for the keys it n
     2. sample_queries   draw hidden states, project and rotate them into queries at the next positions
     3. each of these queries votes for keys, by one of two rules:
        top_p_mask           this repo's default: for its own nucleus
-       current_query_mask   the paper's rule: for its own n best keys, where n is how many keys the nucleus
-                            of the current query has; the prompt's last token is the current one
+       current_query_mask   the paper's rule: for its own n best keys, where n is how many keys there are in
+                            the nucleus of the current query, which is the query of the prompt's last token
     4. GVote.__call__   each key/value head keeps the union: every key that got a vote
 
 Nobody sets how many keys a head keeps: that number follows from the votes. All this was written from
@@ -95,13 +95,15 @@ def current_query_mask(probs: Tensor, current: Tensor, top_p: float) -> Tensor:
     """Step 3, the paper's rule: each query votes for its own n best keys, where n is the size of the current
     query's nucleus. probs (B, H_kv, G * S, T), and current (B, H_kv, G, T), its attention -> votes, bool.
 
-    The current query is that of the prompt's last token, one in each of the G query heads. The summaries do
-    not mention query heads that share keys: here n is the mean of their G nuclei's sizes, rounded up.
+    The current query is the query of the prompt's last token. The summaries do not mention query heads that
+    share keys: each of the G heads has a current query, and n is the mean size of their nuclei, rounded up.
     """
     sizes = top_p_mask(current, top_p).sum(dim=-1)  # (B, H_kv, G)
-    n = sizes.float().mean(dim=-1).ceil()[..., None, None]  # (B, H_kv, 1, 1)
+    n_group = sizes.size(-1)
+    n = (sizes.sum(dim=-1) + n_group - 1) // n_group  # (B, H_kv)
     order = probs.argsort(dim=-1, descending=True, stable=True)
-    chosen = (torch.arange(probs.size(-1), device=probs.device) < n).expand_as(order)
+    rank = torch.arange(probs.size(-1), device=probs.device)
+    chosen = (rank < n[..., None, None]).expand_as(order)
     return torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, chosen)
 
 
@@ -121,7 +123,7 @@ class GVote:
     budget: str = "per_sample"
 
     def __post_init__(self):
-        # NaN fails the comparison, and so does what is 0 in float32: that would be an empty nucleus
+        # NaN fails the comparison; with a top_p that float32 rounds to 0, a nucleus would be empty
         least = torch.finfo(torch.float32).tiny
         if not (isinstance(self.top_p, numbers.Real) and least <= self.top_p <= 1):
             raise ValueError(f"top_p must be a number in (0, 1] in float32, got {self.top_p!r}")
@@ -158,9 +160,9 @@ class PeakVotes:
     causal mask, so each sees every key. Its vote for a key is the share of its attention that the key gets. A
     key stays if any vote for it reaches the bar, which is the same for all heads and layers.
 
-    The more keys there are, the less attention each gets. So the bar is `bar` for prompts of up to 400
-    tokens, and falls as bar * 400 / T beyond: by default a vote then has to be 10 times an even share, which
-    is 1 / T. Raises ValueError, with the value, for a bar outside of [0, 0.5].
+    The more keys there are, the less attention each gets. So a prompt of more than 400 tokens has a lower
+    bar: bar * 400 / T. By default this is 10 / T, ten times what a key would get if all got the same. Raises
+    ValueError, with the value, for a bar outside of [0, 0.5].
     """
 
     bar: float = 0.025
@@ -173,7 +175,7 @@ class PeakVotes:
         """The strongest vote for each key: (B, H_kv, T), shares of attention."""
         n_tokens = hidden.size(1)
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        # their votes take 1 MiB a query head: more at once are slower on a CPU
+        # voters at once: their votes take 1 MiB a query head, more are slower on a CPU
         at_once = max(1, 2**18 // n_tokens)
         for voters in hidden.split(at_once, dim=1):
             queries = attn.queries(voters, torch.full((voters.size(1),), n_tokens, device=keys.device))

@@ -71,13 +71,13 @@ class LlamaConfig:
         """Reads a Hugging Face config.json. Raises ValueError for what this file does not implement."""
         raw = {name: value for name, value in read_json(path).items() if value is not None}
         # the second name is that of transformers before version 5
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        rotary = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rotary.get("rope_type") or rotary.get("type") or "default"
         for name, found, known in (
             ("model_type", raw.get("model_type"), ("llama",)),
             ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("rope_type", rope_type, ("default", "llama3")),
-            ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+            ("partial_rotary_factor", rotary.get("partial_rotary_factor", 1), (1,)),
             ("mlp_bias", raw.get("mlp_bias", False), (False,)),
             ("quantization_config", raw.get("quantization_config"), (None,)),
         ):
@@ -86,11 +86,11 @@ class LlamaConfig:
         defaults = {"head_dim": None, "attention_bias": False, "tie_word_embeddings": False}
         defaults["num_key_value_heads"] = raw.get("num_attention_heads")
         raw = defaults | raw
-        raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+        raw["rope_theta"] = rotary.get("rope_theta", raw.get("rope_theta", 10_000.0))
         raw["rope_scaling"] = None
         try:
             if rope_type == "llama3":
-                raw["rope_scaling"] = {name: float(rope[name]) for name in LLAMA3_ROPE}
+                raw["rope_scaling"] = {name: float(rotary[name]) for name in LLAMA3_ROPE}
             return cls(**{field.name: raw[HF_NAMES.get(field.name, field.name)] for field in fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}") from None
@@ -109,7 +109,7 @@ def rope(positions: Tensor, config: LlamaConfig, dtype=torch.float32) -> tuple[T
         freq = freq * (fast + (1 - fast) / factor)
     angles = positions[:, None] * freq  # (T, D/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    # the minus is that of the rotation: rotate only adds
+    # the sign is in sin, so that rotate only has to add
     return torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)
 
 
@@ -122,7 +122,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features):
             return super().forward(x)
-        # compiled, one row on a CPU: BLAS takes as long on an Intel Xeon, 1.7 times as long on an AMD EPYC
+        # for one row on a CPU, compiled: BLAS would take 1.7 times as long on an AMD EPYC, as long on a Xeon
         y = (self.weight * x).sum(dim=-1, keepdim=True).mT  # (1, 1, channels out)
         return y if self.bias is None else y + self.bias
 
@@ -163,7 +163,10 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
     def read_tokens(self, hidden: Tensor, rotation, table: "Table", slots: Tensor, n_used: int) -> Tensor:
-        """Tokens after the prompt join the layer's table, and attend to what it holds; see `Table.attend`."""
+        """Tokens after the prompt join the layer's table, and attend to what it holds.
+
+        `Table.attend` explains slots and n_used, which say where in the table their places are.
+        """
         y = table.attend(*self.project(hidden, rotation), slots, n_used)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -203,6 +206,10 @@ def keep_all(attn: Attention, hidden: Tensor, keys: Tensor, values: Tensor) -> T
     return torch.ones_like(keys[..., 0], dtype=torch.bool)
 
 
+def just_run(function: Callable, *args) -> Tensor:
+    return function(*args)
+
+
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -230,9 +237,8 @@ class Llama(nn.Module):
         into the cache, and its other keys are freed before the next layer makes its own. The prompt's own
         logits do not depend on the policy.
 
-        call(function, *args) is how to run the parts of a step that reads a single token after the prompt,
-        each block's read_tokens and then lm_head: `compiled_call` in generate.py compiles them. None just
-        runs them.
+        call(function, *args) runs the parts of a step that reads one token after the prompt: read_tokens of
+        each block, and then lm_head. `compiled_call` in generate.py compiles them.
 
         Raises ValueError where ids, cache, policy and the model's context do not fit each other.
         """
@@ -247,24 +253,24 @@ class Llama(nn.Module):
         if cache.batch_size != len(ids):
             raise ValueError(f"{len(ids)} prompts do not fit a cache with batch_size={cache.batch_size}")
         if start > 0 and end - cache.prompt_length > cache.max_new_tokens:
-            room, needed = cache.max_new_tokens, end - cache.prompt_length
-            raise ValueError(f"the cache is full: made with max_new_tokens={room}, this needs {needed}")
+            made, needed = cache.max_new_tokens, end - cache.prompt_length
+            raise ValueError(f"the cache is full: made with max_new_tokens={made}, this needs {needed}")
         positions = torch.arange(start, end, device=ids.device)
         x = self.embed_tokens(ids)  # (B, T, C)
         rotation = rope(positions, self.config, x.dtype)
-        if start == 0 or ids.size(1) > 1:
-            call = None
+        if call is None or start == 0 or ids.size(1) > 1:
+            call = just_run
         if start == 0:
             for block in self.layers:
                 x = block.read_prompt(x, rotation, cache, policy or keep_all)
         else:
             slots, n_used = positions - cache.prompt_length, end - cache.prompt_length
             for block, table in zip(self.layers, cache.layers, strict=True):
-                args = (x, rotation, table, slots, n_used)
-                x = call(block.read_tokens, *args) if call else block.read_tokens(*args)
+                x = call(block.read_tokens, x, rotation, table, slots, n_used)
+        logits = call(self.lm_head, self.norm(x if all_logits else x[:, -1:]))
+        # last, so that an interrupted call can be repeated: it would write the same rows
         cache.advance(ids.size(1))
-        x = self.norm(x if all_logits else x[:, -1:])
-        return call(self.lm_head, x) if call else self.lm_head(x)
+        return logits
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Llama":
@@ -297,7 +303,7 @@ class Llama(nn.Module):
                 raise ValueError(f"{folder / file} is damaged ({error}): delete {folder}") from None
         embedding = weights.get("embed_tokens.weight")
         if config.tied and embedding is not None:
-            # a projection in the file that differs counts, as in transformers 5
+            # a projection of the file's own is used if it differs from the embedding, as in transformers 5
             config.tied = torch.equal(weights.setdefault("lm_head.weight", embedding), embedding)
         # on "meta" the model has shapes only: the weights become its parameters
         with torch.device("meta"):
@@ -332,40 +338,42 @@ class Table:
                   first_row[0] = 0  |          |  first_new[1] = 10
                   first_new[0] = 6             first_row[1] = 9
 
-        k  a kept key of the prompt: positions (kept[0] + kept[1],), one per k, says which token's
-        n  a new token's key         .  the row of the next one
+        k  a kept key of the prompt; positions, with one number per k, says which token's it is
+        n  a new token's key         .  still empty
     """
 
     # a cache made in inference mode can be used outside of it too
     @torch.inference_mode(False)
     def __init__(self, keys: Tensor, values: Tensor, keep: Tensor, room: int):
         # a prompt's keys and values (B, H_kv, T, D), and which of them to keep: (B, H_kv, T) bool
-        head, positions = keep.flatten(0, 1).nonzero(as_tuple=True)  # of each kept key, head after head
-        kept, n_heads = keep.sum(dim=2).flatten(), keep[..., 0].numel()
-        n_rows = kept + room  # (N,)
-        self.first_row = n_rows.cumsum(0) - n_rows
-        self.first_new = self.first_row + kept
-        self.room, self.kept, self.positions = room, kept.tolist(), positions.int()
-        shape = (math.ceil((len(head) + room * n_heads) / BLOCK), BLOCK, keys.size(-1))
+        head_of_key, positions = keep.flatten(0, 1).nonzero(as_tuple=True)
+        n_kept = keep.sum(dim=2).flatten()  # (N,)
+        self.first_row = (n_kept + room).cumsum(0) - (n_kept + room)
+        self.first_new = self.first_row + n_kept
+        self.room, self.kept, self.positions = room, n_kept.tolist(), positions.int()
+        # whole blocks, only the last of which is padded; zeros, as what is masked gets multiplied by 0
+        n_rows = len(positions) + room * len(n_kept)
+        shape = (math.ceil(n_rows / BLOCK), BLOCK, keys.size(-1))
         self.keys, self.values = keys.new_zeros(shape), values.new_zeros(shape)
-        rows = torch.arange(len(head), device=head.device) + room * head
+        # a kept key lies behind all that were kept before it, and behind the rooms of the heads before
+        rows = torch.arange(len(positions), device=keys.device) + room * head_of_key
         self.keys.flatten(0, 1)[rows], self.values.flatten(0, 1)[rows] = keys[keep], values[keep]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor, n_used: int) -> Tensor:
-        """Writes new tokens' keys and values (B, H_kv, T, D) into each head's room. Their queries, and what
-        these find in all that the head then holds, are (B, H, T, D).
+        """Writes new tokens' keys and values (B, H_kv, T, D) into each head's room. Their queries then attend
+        to all that the head holds. Queries, and the attention's output, which is returned: (B, H, T, D).
 
-        slots (T,): their places in the room, from 0 for the first token after the prompt. n_used: how many
-        places are taken by now, a number, for slices.
+        slots (T,): the tokens' places in the room, from 0 for the first token after the prompt. n_used: how
+        many places are taken by then, slots[-1] + 1, as a number, since to read it from a GPU is to wait.
         """
         all_keys, all_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)  # (rows, D)
         rows = self.first_new[:, None] + slots  # (N, T)
         all_keys[rows], all_values[rows] = keys.flatten(0, 1), values.flatten(0, 1)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and queries.size(2) == 1:
             return self.flex_attend(queries, all_keys, all_values, slots)
-        # float32: G heads, which spread over the cores; one token in half precision: one head of G rows, as
-        # SDPA on a CPU repacks half-precision keys for every head
         n_group, n_tokens = queries.size(1) // keys.size(1), queries.size(2)
+        # a group is G heads of T rows each; but one token in half precision is one head of G rows, since SDPA
+        # on a CPU repacks half-precision keys for each head
         one_head = n_tokens == 1 and queries.dtype != torch.float32
         shape = (1, n_group) if one_head else (n_group, n_tokens)
         y, first = [], 0
@@ -379,18 +387,18 @@ class Table:
         return torch.cat(y).view_as(queries)
 
     def flex_attend(self, queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        """One new token's attention to all rows (rows, D), compiled: one kernel for all heads, each of which
-        reads its own blocks. Of the rows in these the mask lets it see its own.
+        """One new token's attention, compiled; keys and values (rows, D) of all heads. One kernel serves all
+        heads, and each reads the blocks that hold its rows. A mask hides other heads' rows in these blocks.
 
-        To inductor each of the N heads is a prompt of one head, and the group's G queries are its tokens:
-        so it takes its kernel for decoding (flex_decoding.py lists the conditions). That never ran on a GPU.
-        What is known: the code for an H100 compiles, is one kernel a layer, fits a CUDA graph, and,
-        interpreted on a CPU, equals eager float32 code within 5e-7.
+        Each of the N heads is passed as a prompt of one head, and its G queries as that prompt's tokens: for
+        this shape inductor has a kernel for decoding (flex_decoding.py lists the conditions). It never ran on
+        a GPU. What is known: inductor's code for an H100 compiles, is one kernel a layer, fits a CUDA graph,
+        and, run by Triton's interpreter, is within 5e-7 of eager float32 code.
         """
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-        def visible(n: Tensor, head: Tensor, query: Tensor, row: Tensor) -> Tensor:
-            return (row >= self.first_row[n]) & (row <= self.first_new[n] + slots[0])
+        def own_row(head: Tensor, _: Tensor, query: Tensor, row: Tensor) -> Tensor:
+            return (row >= self.first_row[head]) & (row <= self.first_new[head] + slots[0])
 
         n_blocks, first_block = self.keys.size(0), self.first_row // BLOCK
         n_read = (self.first_new + slots) // BLOCK - first_block + 1  # (N,)
@@ -400,7 +408,7 @@ class Table:
             n_read.int()[:, None, None],
             blocks.clamp(max=n_blocks - 1).int()[:, None, None],  # (N, 1, 1, blocks)
             BLOCK_SIZE=(128, BLOCK),
-            mask_mod=visible,
+            mask_mod=own_row,
             seq_lengths=(groups.size(2), n_blocks * BLOCK),
             compute_q_blocks=False,
         )
@@ -413,8 +421,7 @@ class Table:
 
 
 class KVCache:
-    """The keys and values of B prompts of one length: of the prompt, each head holds only what its policy
-    kept.
+    """The keys and values of B prompts of one length, in one `Table` per layer.
 
     max_new_tokens is the room for what follows the prompt, which may be several turns: the cache does not
     grow. Raises ValueError, with the value, for a size that makes no sense.
@@ -438,7 +445,10 @@ class KVCache:
         self.layers[layer] = Table(keys, values, keep.to(keys.device), room)
 
     def advance(self, n_tokens: int):
-        """Counts tokens that all layers have read, the prompt first. A negative number takes them back."""
+        """Counts tokens that all layers have read, the prompt first. A negative number takes back tokens
+        after the prompt. Raises ValueError if it is larger than there are."""
+        if self.length + n_tokens < self.prompt_length:
+            raise ValueError(f"{-n_tokens} tokens cannot be taken back: that is part of the prompt")
         self.length += n_tokens
         self.prompt_length = self.prompt_length or self.length
 

@@ -43,7 +43,7 @@ from press import PolicyPress
 
 
 class CompressedLM(HFLM):
-    """The harness' model of transformers. `press` compresses each prompt's cache, and None leaves it full. Which
+    """The harness' model of transformers. `press` compresses each prompt's cache, None leaves it full. What
     share of the keys stayed is noted in `kept`, by prompt."""
 
     def __init__(self, *args, **settings):

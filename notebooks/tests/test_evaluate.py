@@ -244,12 +244,12 @@ def test_table_by_hand():
         rows += [row("code", 0, policy, kept + kl, kl), row("one of three", 0, policy, kept, kl, 1.0)]
         rows.append(row("text", 0, policy, 0, 9, length=900))
     head = ["400 tokens", "kept", "at most", "needles found", "one of three", "KL: text", "code"]
-    half = ["half", "51%", "60%", "3 of 4 (30-95%)", "1 of 1", "0.150 (0.100-0.200)", "0.100 (0.100-0.100)"]
-    few = ["few", "15%", "50%", "0 of 4 (0-49%)", "1 of 1", "0.600 (0.400-0.800)", "0.400 (0.400-0.400)"]
+    half = ["half", "51%", "60%", "3 of 4 (30–95%)", "1 of 1", "0.150 (0.100–0.200)", "0.100 (0.100–0.100)"]
+    few = ["few", "15%", "50%", "0 of 4 (0–49%)", "1 of 1", "0.600 (0.400–0.800)", "0.400 (0.400–0.400)"]
     assert evaluate.table(rows[::-1], ["half", "few"], 400) == [
         [*head, "times half's", "time"],
-        [*half, "1.00 (1.00-1.00)", "25%"],
-        [*few, "4.00 (4.00-4.00)", "25%"],
+        [*half, "1.00 (1.00–1.00)", "25%"],
+        [*few, "4.00 (4.00–4.00)", "25%"],
     ]
     assert evaluate.table(rows, ["full", "few", "half"], 400)[3][7:] == ["0.25 (0.25-0.25)", "25%"]
     assert evaluate.mean(evaluate.select(rows, "few", None, ["text"]), "kl") == pytest.approx(
