@@ -66,10 +66,8 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate
     first[:2] = [x.diff(dim=0, prepend=torch.zeros_like(x[:1])) for x in first[:2]]  # modulo 256, for gzip
     arrays = [x for _, *arrays in telling.values() for x in arrays] + first  # float32 first: so it is aligned
     packed = gzip.compress(b"".join(x.numpy().tobytes() for x in arrays), mtime=0)
-    words = []  # each is what its token adds to the text: a character of several tokens comes with the last
-    for i in range(ids.size(1)):
-        before, after = (tokenizer.decode(ids[0, max(0, i - 8) : j]).rstrip("\ufffd") for j in (i, i + 1))
-        words.append(after[len(before) :])
+    # a character of several tokens comes with the last; of the end of the chat template nothing is left over
+    *words, _ = generate.pieces(tokenizer, ids[0].tolist())
     note = list(place(words, generate.NOTE))
     digits = [i for i in note if words[i].isdigit()]
     answers = [list(generate.generate(model, ids, NEW_TOKENS, rule, stop=stop)) for rule in (None, *RULES)]

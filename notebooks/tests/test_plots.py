@@ -1,0 +1,63 @@
+"""plots.py: pictures of prompts of any length, and which blocks of a table's rows are read."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+import plots
+from generate import NOTE, QUESTION, encode, pieces
+from gvote import GVote
+from model import KVCache, keep_all
+from tasks import place
+from test_gvote import random_ids, tiny_llama
+
+plt.switch_backend("agg")
+
+
+@pytest.mark.parametrize("n_before", [60, 300])
+def test_the_note_is_found_by_its_text(tokenizer, n_before):
+    """Python 3.13's page, for one, is longer than that of 3.11."""
+    text = "word " * n_before + NOTE + " and" * 77 + f"\n\n{QUESTION}"
+    *words, _ = pieces(tokenizer, encode(tokenizer, text)[0].tolist())
+    note, question = place(words, NOTE), place(words, QUESTION)
+    assert note.start > n_before and "".join(words[i] for i in note).strip() == NOTE
+    ids = random_ids(len(words))
+    caches = KVCache(tiny_llama().config), KVCache(tiny_llama().config)
+    for cache, policy in zip(caches, (keep_all, GVote(0.5)), strict=True):
+        tiny_llama()(ids, cache, policy)
+    panels = {"full": (caches[0], "It is 4471."), "GVote": (caches[1], "It is 44.")}
+    figure = plots.words_kept(panels, words, note, question, readers=[(0, 1), (2, 0)])
+    texts = figure.axes[0].texts
+    bold = [text.get_text() for text in texts if text.get_weight() == "bold"]
+    assert [text for text in bold if text.isdigit()] == list("4471") * 2
+    assert [text for text in bold if "keep it" in text][0].startswith("2 of 2 heads")
+    said = [text.get_text() for text in texts if text.get_text().startswith("Answer")]
+    assert said == ["Answer (right): It is 4471.", "Answer (wrong): It is 44."]
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("n_tokens", [96, 97])
+def test_pictures_show_all_of_a_prompt(n_tokens, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    kept = torch.zeros(30, 3, n_tokens, dtype=torch.bool)
+    kept[..., -1] = True
+    plots.what_all_heads_keep({"one rule": kept, "another": kept})
+    cells = plt.gcf().axes[0].images[0].get_array()
+    n_last = n_tokens - 32 * (cells.shape[1] - 1)
+    assert cells.shape[0] == 90 and 0 < n_last <= 32
+    assert cells[0].tolist() == pytest.approx([0] * (cells.shape[1] - 1) + [100 / n_last])
+    plots.where_votes_fall({"one rule": kept[:24, 0], "another": kept[:24, 0]}, "the code", [5])
+    share = plt.gcf().axes[0].images[0].get_array()
+    assert share[3, -1] == pytest.approx(1 / (n_tokens - 8 * (share.shape[1] - 1)))
+    plt.close("all")
+
+
+def test_a_block_is_read_by_each_head_with_rows_in_it(capsys):
+    # as in Table: heads of 30, 0 and 5 kept keys, each with room for 4
+    keys, new = torch.zeros(2, 32, 8), torch.tensor([30, 34, 43])
+    plots.which_blocks_are_read(SimpleNamespace(keys=keys, first_new=new, kept=[30, 0, 5]))
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first == f"    0  {'0' * 30}n.  read by head 0"
+    assert second == f"    1  ..n...22222n{'.' * 20}  read by head 1, 2"
