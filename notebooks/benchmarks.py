@@ -43,8 +43,8 @@ from press import PolicyPress
 
 
 class CompressedLM(HFLM):
-    """The harness' model of transformers. `press` compresses each prompt's cache, None leaves it full. What
-    share of the keys stayed is noted in `kept`, by prompt."""
+    """The harness' model of transformers. `press` compresses each prompt's cache, and None leaves it full;
+    `kept` notes the share of the prompt's keys that stay."""
 
     def __init__(self, *args, **settings):
         super().__init__(*args, **settings)
@@ -120,12 +120,14 @@ def main():
     add("--length", type=int, nargs="+", default=[4096], metavar="N", help="of RULER's tasks (default: 4096)")
     add("--limit", type=int, metavar="N", help="the first N prompts of each task (default: all)")
     add("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
     add("--out", type=Path, metavar="FILE", help="add the results to FILE; what it holds is not run again")
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     args = parser.parse_args()
     presses = {policy: make_press(policy) for policy in args.policy}
     folder, device = checkpoint_folder(args.model), default_device()
-    manager, dtype = TaskManager(metadata={"pretrained": str(folder)}), default_dtype(device)
+    dtype = args.dtype or str(default_dtype(device)).removeprefix("torch.")
+    manager = TaskManager(metadata={"pretrained": str(folder)})
     tasks = [
         (n, task) for n, name in product(args.length, args.tasks) for task in load_tasks(manager, name, n)
     ]
@@ -135,7 +137,7 @@ def main():
     done = args.out.read_text().splitlines() if args.out and args.out.exists() else []
     for (length, task), (policy, press) in product(tasks, presses.items()):
         what = {"policy": policy, "task": task.task_name, "length": length, "limit": args.limit}
-        what |= {"model": args.model, "dtype": str(dtype)}
+        what |= {"model": args.model, "dtype": dtype}
         old = next((row for row in map(json.loads, done) if what.items() <= row.items()), None)
         row = old or what | run(lm, manager, task, press, args.limit)
         if lm.rank > 0:
