@@ -251,7 +251,7 @@ def test_table_by_hand():
         [*half, "1.00 (1.00–1.00)", "25%"],
         [*few, "4.00 (4.00–4.00)", "25%"],
     ]
-    assert evaluate.table(rows, ["full", "few", "half"], 400)[3][7:] == ["0.25 (0.25-0.25)", "25%"]
+    assert evaluate.table(rows, ["full", "few", "half"], 400)[3][7:] == ["0.25 (0.25–0.25)", "25%"]
     assert evaluate.mean(evaluate.select(rows, "few", None, ["text"]), "kl") == pytest.approx(
         (0.4 + 0.8 + 9) / 3
     )
