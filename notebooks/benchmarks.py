@@ -12,6 +12,7 @@ the spot. Most other tasks fetch their data from the hub. Notebook 6 shows resul
 """
 
 import argparse
+import io
 import json
 import random
 import sys
@@ -121,32 +122,37 @@ def main():
     add("--limit", type=int, metavar="N", help="the first N prompts of each task (default: all)")
     add("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
-    add("--out", type=Path, metavar="FILE", help="add the results to FILE; what it holds is not run again")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="add the results to FILE; what it holds is not run again, even if the code has changed since",
+    )
     parser.error = lambda message: sys.exit(f"error: {message} (--help shows all options)")
     args = parser.parse_args()
     presses = {policy: make_press(policy) for policy in args.policy}
     folder, device = checkpoint_folder(args.model), default_device()
     dtype = args.dtype or str(default_dtype(device)).removeprefix("torch.")
     manager = TaskManager(metadata={"pretrained": str(folder)})
-    tasks = [
-        (n, task) for n, name in product(args.length, args.tasks) for task in load_tasks(manager, name, n)
-    ]
+    tasks = [(n, task) for n in args.length for name in args.tasks for task in load_tasks(manager, name, n)]
+    file = args.out.open("a+") if args.out else io.StringIO()
+    file.seek(0)
+    done = [json.loads(line) for line in file]
     disable_progress_bar()
     settings = dict(tokenizer=load_tokenizer(folder), device=str(device), dtype=dtype)
     lm = CompressedLM(str(folder), **settings)
-    done = args.out.read_text().splitlines() if args.out and args.out.exists() else []
     for (length, task), (policy, press) in product(tasks, presses.items()):
         what = {"policy": policy, "task": task.task_name, "length": length, "limit": args.limit}
         what |= {"model": args.model, "dtype": dtype}
-        old = next((row for row in map(json.loads, done) if what.items() <= row.items()), None)
-        row = old or what | run(lm, manager, task, press, args.limit)
-        if lm.rank > 0:
-            continue
-        if args.out and not old:
-            args.out.open("a").write(json.dumps(row) + "\n")
-        for metric, (score, error) in row["scores"].items():
+        row = next((row for row in done if what.items() <= row.items()), None)
+        if row is None:
+            row = what | run(lm, manager, task, press, args.limit)
+            if lm.rank == 0:
+                print(json.dumps(row), file=file, flush=True)
+        for metric, (score, error) in row["scores"].items() if lm.rank == 0 else ():
             name = f"{policy:28}{task.task_name:16}{metric:26}n = {row['n']:<5}"
-            print(f"{name}score {score:.3f}   standard error {error:.3}   {row['kept']:.1%} of the keys")
+            figures = f"score {score:.3f}   standard error {error:.3}   {row['kept']:.1%} of the keys"
+            print(name + figures, flush=True)
 
 
 if __name__ == "__main__":
@@ -154,5 +160,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
