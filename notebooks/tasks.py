@@ -210,9 +210,11 @@ def docstrings() -> list[str]:
     import numpy as np
     import numpy.fft  # noqa: F401
 
-    # np has its packages only once they are imported: fft is among these texts, polynomial is not
+    # np has its packages only once they are imported: fft is among these texts, polynomial is not; SciPy,
+    # once it is imported, gives sinc a longer text
     named = [(name, x) for space in (np, np.linalg, np.random, plt) for name, x in vars(space).items()]
-    found = {inspect.getdoc(x) or "" for name, x in named if name[0] != "_" and name != "polynomial"}
+    others = ("polynomial", "sinc")
+    found = {inspect.getdoc(x) or "" for name, x in named if name[0] != "_" and name not in others}
     # Python 3.13 has stripped the indentation before NumPy adds this paragraph, which then stands out
     added = re.compile(r"^like : array_like, optional(\n {8}.*)+", re.MULTILINE)
     found = {added.sub(lambda lines: lines[0].replace("\n    ", "\n"), text) for text in found}
