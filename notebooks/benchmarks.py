@@ -5,10 +5,14 @@ python notebooks/benchmarks.py --policy full ideas.py:newest_half SnapKVPress:0.
 python notebooks/benchmarks.py --model meta-llama/Llama-3.1-8B-Instruct --tasks niah_single_1 gsm8k
 accelerate launch notebooks/benchmarks.py --model owner/name       shares the prompts among all GPUs
 
-Install it first: pip install -r requirements-benchmarks.txt. Prompts and metrics are the harness' own. A
-prompt goes through the model's chat template, if it has one, and its cache is compressed before the answer
-begins. RULER's niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_fwe and ruler_cwe are made on
-the spot. Most other tasks fetch their data from the hub. Notebook 6 shows results/benchmarks.jsonl.
+Install it first: pip install -r requirements-benchmarks.txt. Prompts and metrics are the harness' own, and
+`lm_eval ls tasks` lists its tasks. A prompt goes through the model's chat template, if it has one, and its
+cache is compressed before the answer begins. A press of kvpress, such as SnapKVPress, is told what share of
+the keys to keep.
+
+RULER's niah_single_1, niah_multikey_2, niah_multikey_3, ruler_vt, ruler_fwe and ruler_cwe make their prompts
+themselves. Most other tasks fetch their data from the hub. Notebook 6 shows results/benchmarks.jsonl, which
+--out wrote.
 """
 
 import argparse
