@@ -2,15 +2,19 @@
 
 python notebooks/evaluate.py                                           full gvote peak_votes h2o:0.3
 python notebooks/evaluate.py full gvote ideas.py:newest_half           the function of that name in a file
-python notebooks/evaluate.py h2o:0.15 h2o:0.25 gvote_at:0.25 oracle    told a share; knowing the future
+python notebooks/evaluate.py h2o:0.25 gvote_at:0.25 oracle:0.25        equal shares: each keeps 25%
 
-What is measured is added to notebooks/results/evaluate.jsonl, prompt by prompt: a stopped run goes on when it
-is called again, and one more policy is measured alone. What other code, another model or another version of
-FILE.py gave is not used. Notebook 4 shows results/experiments.jsonl, which was measured in the same way.
+What is measured is added to notebooks/results/evaluate.jsonl, prompt by prompt. A run that was stopped goes
+on when it is called again. If a policy is added to the command, only that one is measured. A result is used
+again only if the model, dtype, device, this repo's code and the Python files beside FILE.py are unchanged.
+Notebook 4 shows results/experiments.jsonl, the large run, which this command never changes.
 
-A needle is a number in a text, found if it is told word for word. KL says how far predictions are from those
-with the full cache, in nats per token; then, prompt by prompt, as a multiple of that of the first policy but
-full. Time is that for choosing the keys, in % of that for reading the prompt. Brackets hold 95% intervals.
+The columns, for each length and for all. kept, at most: the mean and the largest share of keys that stay.
+needles found: prompts that hide a number, and are asked for it after the compression; it is found if it is
+told digit by digit. one of three: the same, with two other numbers in the text. KL: how far predictions are
+from those with the full cache, in nats per token, on texts and on code. times ...'s: the KL as a multiple of
+that of the first policy that is not full, the geometric mean over the same prompts; less than 1 is better.
+time: to choose the keys, in % of the time to read the prompt. Brackets hold 95% intervals.
 """
 
 import argparse
@@ -242,11 +246,14 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names = f"full, {', '.join(POLICIES)}, or FILE.py:NAME"
+    names = f"full, {', '.join(POLICIES)}, or FILE.py:NAME, which takes no level"
+    levels = "the level is top_p for gvote, the bar for peak_votes, and the share to keep for all others"
     add("policies", nargs="*", default=["full", "gvote", "peak_votes", "h2o:0.3"], metavar="NAME[:LEVEL]",
-        help=f"{names}; levels are as in generate.py (default: full gvote peak_votes h2o:0.3)")  # fmt: skip
+        help=f"{names}; {levels} (default: full gvote peak_votes h2o:0.3)")  # fmt: skip
     add("--lengths", type=int, nargs="+", default=[400, 1500], metavar="N", help="tokens (default: 400 1500)")
-    needles = "of each length: prompts with a number, and half as many with three (default: %(default)s)"
+    needles = (
+        "prompts with a number, of each length; half as many with three are added (default: %(default)s)"
+    )
     add("--needles", type=int, default=4, metavar="N", help=needles)
     texts = "of each length: texts, and as many modules of code (default: %(default)s)"
     add("--texts", type=int, default=2, metavar="N", help=texts)
