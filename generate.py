@@ -399,6 +399,16 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def usable_device(name: str | None) -> torch.device:
+    """The device of this name, or by default the best there is. Raises ValueError if it cannot be used."""
+    try:
+        device = torch.device(name or default_device())
+        torch.zeros((), device=device).item()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -478,11 +488,7 @@ def main():
         given = {"seed": args.seed, "n_samples": args.samples}
         given = {key: value for key, value in given.items() if hasattr(policy, key) and value is not None}
         policies[name] = replace(policy, **given) if is_dataclass(policy) else policy
-    try:
-        device = torch.device(args.device or default_device())
-        torch.zeros((), device=device).item()
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    device = usable_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
     if args.prompt is not None and args.file is not None:
         raise ValueError("give a prompt or --file, not both")

@@ -171,6 +171,10 @@ class PeakVotes:
         if not (isinstance(self.bar, numbers.Real) and 0 <= self.bar <= 0.5):
             raise ValueError(f"bar must be a number in [0, 0.5], a share of attention, got {self.bar!r}")
 
+    def bar_for(self, n_tokens: int) -> float:
+        """The bar for a prompt of so many tokens."""
+        return self.bar * min(1, 400 / n_tokens)
+
     def strongest_votes(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
         """The strongest vote for each key: (B, H_kv, T), shares of attention."""
         n_tokens = hidden.size(1)
@@ -183,5 +187,4 @@ class PeakVotes:
         return peak
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        bar = self.bar * min(1, 400 / hidden.size(1))
-        return self.strongest_votes(attn, hidden, keys) >= bar
+        return self.strongest_votes(attn, hidden, keys) >= self.bar_for(hidden.size(1))

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # the settings that have another name in a Hugging Face config.json
@@ -380,8 +379,11 @@ class Table:
         for group, kept in zip(queries.reshape(len(self.kept), 1, *shape, -1), self.kept, strict=True):
             n_rows = kept + n_used
             key, value = (x[None, None, first : first + n_rows] for x in (all_keys, all_values))
-            # the last rows are the new tokens': each token sees the rows up to its own
-            visible = causal_lower_right(n_tokens, n_rows) if n_tokens > 1 else None
+            visible = None
+            if n_tokens > 1:
+                # the last rows are the new tokens': each token sees the rows up to its own
+                visible = torch.ones(n_tokens, n_rows, dtype=torch.bool, device=queries.device)
+                visible = visible.tril(n_rows - n_tokens)
             y.append(F.scaled_dot_product_attention(group, key, value, visible, enable_gqa=True))
             first += kept + self.room
         return torch.cat(y).view_as(queries)

@@ -81,8 +81,7 @@ class AtShare:
             entries = [gvote_entry(layer, policy) for layer in task.layers]
         if self.share is not None:
             return keep_share(entries, self.share)
-        bar = PeakVotes().bar * min(1, 400 / task.n_prompt)
-        return [layer <= -bar for layer in entries]
+        return [layer <= -PeakVotes().bar_for(task.n_prompt) for layer in entries]
 
 
 POLICIES = METHODS | {
@@ -271,11 +270,7 @@ def main():
     policies = {name: make_policy(name, POLICIES) for name in args.policies}
     if min(args.lengths) < 100 or args.needles < 2 or args.texts < 1:
         raise ValueError("a prompt has at least 100 tokens, and there are at least 2 needles and 1 text")
-    try:
-        device = torch.device(args.device or generate.default_device())
-        torch.zeros((), device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {args.device} cannot be used: {error}") from None
+    device = generate.usable_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else generate.default_dtype(device)
     folder = generate.checkpoint_folder(args.model)
     tokenizer = generate.load_tokenizer(folder)

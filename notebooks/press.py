@@ -24,7 +24,7 @@ def queries(module, hidden, positions):
     kind = "" if hasattr(rope, "inv_freq") else f"{module.layer_type}_"
     # a call of rope() may change these
     freq, scale = (getattr(rope, kind + name) for name in ("inv_freq", "attention_scaling"))
-    angles = (positions[:, None] * freq.to(q.device).float()).repeat(1, 2)[None]  # (1, N, D)
+    angles = (positions.to(q.device)[:, None] * freq.to(q.device).float()).repeat(1, 2)[None]  # (1, N, D)
     q, _ = apply_rotary_pos_emb(q, q, *((turn * scale).to(q.dtype) for turn in (angles.cos(), angles.sin())))
     # policies divide by the root of D, Gemma by what its config says
     return q * (module.scaling * q.size(-1) ** 0.5)
@@ -89,7 +89,8 @@ class PolicyPress(kvpress.BasePress):
 
         attn = SimpleNamespace(layer=module.layer_idx, queries=of_this_module)
         drop = torch.ones_like(keys[..., 0], dtype=torch.bool)
-        drop = drop.masked_fill(self.policy(attn, hidden, keys, values), 0)
+        # a policy may make its mask and its positions on the CPU, as in model.py
+        drop = drop.masked_fill(self.policy(attn, hidden, keys, values).to(keys.device), 0)
         self.dropped[module.layer_idx] = drop.float().mean().item()
         module.masked_key_indices = drop.nonzero(as_tuple=True)
         return keys, values

@@ -146,14 +146,14 @@ def bandwidth(n_repeats: int = 10) -> float:
 
 def attention_only(model: Llama, cache: KVCache):
     """Of a step that reads a token, only its attention to the cache, in all layers."""
-    config, new = model.config, torch.zeros(1, dtype=torch.long, device=DEVICE)
+    config, slots = model.config, torch.zeros(1, dtype=torch.long, device=DEVICE)
     shape = (cache.batch_size, config.n_head, 1, config.head_dim)
     queries = torch.randn(shape, device=DEVICE, dtype=DTYPE)
     keys = queries[:, : config.n_kv_head]  # for what is measured, any will do
 
     def step():
         for table in cache.layers:
-            table.attend(queries, keys, keys, new, 1)
+            table.attend(queries, keys, keys, slots, 1)
 
     return step
 
