@@ -40,6 +40,9 @@ Policy = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 # sinks. They can be voted for like any other key.
 N_SINK = 4
 
+# of PeakVotes, at most
+N_VOTERS = 512
+
 
 def fit_gaussian(hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Step 1: mean and standard deviation of hidden (B, T, C) over the tokens: both (B, C), float32.
@@ -156,9 +159,13 @@ class GVote:
 class PeakVotes:
     """A variant of ours, not the paper's: the prompt's own tokens vote, and a key's strongest vote counts.
 
-    All hidden states of the prompt become queries at position T, as the next query would be; there is no
-    causal mask, so each sees every key. Its vote for a key is the share of its attention that the key gets. A
-    key stays if any vote for it reaches the bar, which is the same for all heads and layers.
+    Hidden states of the prompt become queries at position T, as the next query would be; there is no causal
+    mask, so each sees every key. Its vote for a key is the share of its attention that the key gets. A key
+    stays if any vote for it reaches the bar, which is the same for all heads and layers.
+
+    In a prompt of up to N_VOTERS tokens all of them vote. In a longer one only every step-th votes, so the
+    time grows with T and not with its square. To make up for the tokens that are left out, each vote also
+    counts for the keys less than `step` away, at a tenth of its size.
 
     The more keys there are, the less attention each gets. So a prompt of more than 400 tokens has a lower
     bar: bar * 400 / T. By default this is 10 / T, ten times what a key would get if all got the same. Raises
@@ -178,13 +185,16 @@ class PeakVotes:
     def strongest_votes(self, attn: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
         """The strongest vote for each key: (B, H_kv, T), shares of attention."""
         n_tokens = hidden.size(1)
+        # the last token votes, and every step-th before it
+        step = math.ceil(n_tokens / N_VOTERS)
+        voters = hidden[:, (n_tokens - 1) % step :: step]
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
         # voters at once: their votes take 1 MiB a query head, more are slower on a CPU
-        at_once = max(1, 2**18 // n_tokens)
-        for voters in hidden.split(at_once, dim=1):
-            queries = attn.queries(voters, torch.full((voters.size(1),), n_tokens, device=keys.device))
+        for some in voters.split(max(1, 2**18 // n_tokens), dim=1):
+            queries = attn.queries(some, torch.full((some.size(1),), n_tokens, device=keys.device))
             peak = peak.maximum(attention(queries, keys).amax(dim=2))
-        return peak
+        nearby = nn.functional.max_pool1d(peak, 2 * step - 1, stride=1, padding=step - 1)
+        return peak.maximum(nearby / 10)
 
     def __call__(self, attn: nn.Module, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self.strongest_votes(attn, hidden, keys) >= self.bar_for(hidden.size(1))
