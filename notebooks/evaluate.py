@@ -48,12 +48,14 @@ from generate import DEFAULT, make_policy, prepare
 from gvote import GVote, PeakVotes
 from model import KVCache, Llama
 from speed import device_name, now
-from tasks import KINDS, Task, gvote_entry, keep_share, make_task, prompts
+from tasks import KINDS, Task, gvote_entry, keep_share, make_task, plan, prompts
 
 HERE = Path(__file__).resolve().parent
 RESULTS, EXPERIMENTS = HERE / "results" / "evaluate.jsonl", HERE / "results" / "experiments.jsonl"
 SOURCES = [HERE.parent / file for file in ("generate.py", "gvote.py", "model.py")]
 SOURCES += [HERE / file for file in ("baselines.py", "evaluate.py", "tasks.py")]
+# of a policy that draws
+N_SEEDS = 3
 
 # ---- Policies
 
@@ -94,20 +96,22 @@ POLICIES = METHODS | {
 
 def measure(policy, task: Task, tokenizer, seed: int = 0) -> dict[str, float]:
     """A policy's figures on a task: share of the keys kept, KL, 1 if the answer is found, and seconds to
-    choose the keys. A policy that draws is given this seed."""
+    choose the keys. For a policy that draws they are means over three seeds, which follow from this one."""
+    policies, runs = [policy], []
     if is_dataclass(policy) and hasattr(policy, "seed"):
-        policy = replace(policy, seed=seed)
-    start = now()
-    if isinstance(policy, AtShare):
-        masks = policy.masks(task)
-    else:
-        policy = prepare(policy, task.model, tokenizer, task.prompt)
-        masks = [policy(*layer) for layer in task.layers] if policy else task.everything
-    seconds = now() - start
-    (tested,) = task.test([masks])
-    kept = torch.cat(masks).float().mean().item()
-    figures = {"kept": kept, "kl": tested["kl"], "found": tested["exact"], "seconds": seconds}
-    return {name: round(figure, 5) for name, figure in figures.items()}
+        policies = [replace(policy, seed=N_SEEDS * seed + i) for i in range(N_SEEDS)]
+    for policy in policies:
+        start = now()
+        if isinstance(policy, AtShare):
+            masks = policy.masks(task)
+        else:
+            policy = prepare(policy, task.model, tokenizer, task.prompt)
+            masks = [policy(*layer) for layer in task.layers] if policy else task.everything
+        seconds = now() - start
+        (tested,) = task.test([masks])
+        kept = torch.cat(masks).float().mean().item()
+        runs.append({"kept": kept, "kl": tested["kl"], "found": tested["exact"], "seconds": seconds})
+    return {name: round(mean(runs, name), 5) for name in runs[0]}
 
 
 # ---- Results
@@ -160,9 +164,13 @@ def run(model, tokenizer, policies: dict, prompts: list, file=None, settings=Non
         todo.append((ids, about, [name for name, key in keys.items() if key not in known]))
     total = sum(about["length"] * len(names) for _, about, names in todo)
     if file and total:
-        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        add(file, {"run": settings, "command": shlex.join(sys.argv), "commit": commit})
+        # of the code now running, and the last that changed the rules
+        git = {"commit": "describe --always --dirty --exclude=*", "rules": "log -1 --format=%h ../gvote.py"}
+        about_run = {"run": settings, "command": shlex.join(sys.argv)}
+        for what, command in git.items():
+            done = subprocess.run(["git", *command.split()], cwd=HERE, capture_output=True, text=True)
+            about_run[what] = done.stdout.strip()
+        add(file, about_run)
     # shown in a terminal, with the time that is left
     with tqdm(total=total, unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
         for ids, about, names in todo:
@@ -250,11 +258,9 @@ def parse_args() -> argparse.Namespace:
     add("policies", nargs="*", default=["full", "gvote", "peak_votes", "h2o:0.3"], metavar="NAME[:LEVEL]",
         help=f"{names}; {levels} (default: full gvote peak_votes h2o:0.3)")  # fmt: skip
     add("--lengths", type=int, nargs="+", default=[400, 1500], metavar="N", help="tokens (default: 400 1500)")
-    needles = (
-        "prompts with a number, of each length; half as many with three are added (default: %(default)s)"
-    )
+    needles = "of each length: prompts with a number (default: %(default)s)"
     add("--needles", type=int, default=4, metavar="N", help=needles)
-    texts = "of each length: texts, and as many modules of code (default: %(default)s)"
+    texts = "of each length: texts, modules of code, and prompts with three numbers (default: %(default)s)"
     add("--texts", type=int, default=2, metavar="N", help=texts)
     add("--model", default=DEFAULT, help="a checkpoint folder or a hub name (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on cuda, else float32")
@@ -268,13 +274,13 @@ def parse_args() -> argparse.Namespace:
 def main():
     args = parse_args()
     policies = {name: make_policy(name, POLICIES) for name in args.policies}
-    if min(args.lengths) < 100 or args.needles < 2 or args.texts < 1:
-        raise ValueError("a prompt has at least 100 tokens, and there are at least 2 needles and 1 text")
+    if min(args.lengths) < 100 or args.needles < 1 or args.texts < 1:
+        raise ValueError("a prompt has at least 100 tokens, and there are at least 1 needle and 1 text")
     device = generate.usable_device(args.device)
     dtype = getattr(torch, args.dtype) if args.dtype else generate.default_dtype(device)
     folder = generate.checkpoint_folder(args.model)
     tokenizer = generate.load_tokenizer(folder)
-    some = prompts(tokenizer, args.lengths, args.needles, args.texts)
+    some = prompts(tokenizer, plan(args.lengths, args.needles, args.texts))
     settings = {"model": args.model, "dtype": str(dtype), "device": str(device), "machine": device_name()}
     settings["torch"] = torch.__version__
     for file in sorted(folder.glob("*.safetensors")):

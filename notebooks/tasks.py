@@ -6,10 +6,10 @@ predictions of these from those with the full cache, and does it still know the 
 
 import inspect
 import random
-import re
-import sys
 from bisect import bisect_left, bisect_right
+from importlib.util import find_spec
 from itertools import accumulate
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
@@ -205,34 +205,36 @@ def code() -> dict[str, str]:
 
 
 def docstrings() -> list[str]:
-    """The docstrings of NumPy and pyplot of more than 3,000 characters, in random order."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-    import numpy.fft  # noqa: F401
+    """The docstrings of torch of more than 1,000 characters, in random order."""
+    from torch import distributions, fft, linalg, nn, optim, sparse, special
+    from torch.autograd import functional
+    from torch.nn import init, utils
+    from torch.optim import lr_scheduler
+    from torch.utils import data
 
-    # np has its packages only once they are imported: fft is among these texts, polynomial is not; SciPy,
-    # once it is imported, gives sinc a longer text
-    named = [(name, x) for space in (np, np.linalg, np.random, plt) for name, x in vars(space).items()]
-    others = ("polynomial", "sinc")
-    found = {inspect.getdoc(x) or "" for name, x in named if name[0] != "_" and name not in others}
-    # Python 3.13 has stripped the indentation before NumPy adds this paragraph, which then stands out
-    added = re.compile(r"^like : array_like, optional(\n {8}.*)+", re.MULTILINE)
-    found = {added.sub(lambda lines: lines[0].replace("\n    ", "\n"), text) for text in found}
-    longest = sorted(text for text in found if len(text) > 3000)
-    shuffled = random.Random(0).sample(longest, len(longest))
-    # pyplot imports sys, whose docstring differs from Python to Python
-    return [text for text in shuffled if text != inspect.getdoc(sys)]
+    spaces = (torch, Tensor, nn, nn.functional, init, utils, optim, lr_scheduler, distributions, linalg)
+    spaces += (special, fft, sparse, functional, data)
+    # Python's own, which torch imports, differ from Python to Python; kl_divergence gets its text when torch
+    # is imported, in no fixed order
+    found = {
+        inspect.getdoc(x) or ""
+        for space in spaces
+        for name, x in vars(space).items()
+        if name[0] != "_" and name != "kl_divergence" and not inspect.ismodule(x)
+        if (getattr(x, "__module__", None) or "torch").startswith("torch")
+    }
+    longest = sorted(text for text in found if len(text) > 1000)
+    return random.Random(0).sample(longest, len(longest))
 
 
 def modules() -> dict[str, str]:
     """Modules of four packages that requirements.txt installs."""
-    import gguf.vocab
-    import jinja2.compiler
-    import matplotlib.font_manager
-    import tqdm.std
-
-    found = (gguf.vocab, jinja2.compiler, matplotlib.font_manager, tqdm.std)
-    return {module.__name__: inspect.getsource(module) for module in found}
+    names = """
+        transformers.generation.logits_process transformers.tokenization_utils_base transformers.trainer
+        transformers.modeling_utils huggingface_hub.hf_api huggingface_hub.file_download gguf.gguf_writer
+        _pytest.fixtures
+    """
+    return {name: Path(find_spec(name).origin).read_text("utf-8") for name in names.split()}
 
 
 # Tasks with an answer: each takes a seed, and returns (context, question, answer)
@@ -258,26 +260,29 @@ def needle(seed: int, n_chars: int = 1600, page: str = "", n_others: int = 0) ->
 # Prompts for evaluate.py: needles, texts and code, and numbers of which one of three is asked for
 
 KINDS = ("needle", "text", "code", "one of three")
-# notebook 4's
-LENGTHS, N_NEEDLES, N_TEXTS = (400, 1500, 4000), 12, 4
 # tokens by which a text goes on
 N_NEXT = 64
 
 
 def plan(lengths, n_needles: int, n_texts: int) -> list[tuple[int, str, int]]:
-    """Length, kind and number of each prompt. Half as many as needles have three numbers."""
-    counts = dict(zip(KINDS, (n_needles, n_texts, n_texts, n_needles // 2), strict=True))
+    """Length, kind and number of each prompt: so many needles, and of each other kind so many texts."""
+    counts = dict(zip(KINDS, (n_needles, n_texts, n_texts, n_texts), strict=True))
     return [(length, kind, i) for length in lengths for kind, n in counts.items() for i in range(n)]
 
 
-def prompts(tokenizer, lengths=LENGTHS, n_needles=N_NEEDLES, n_texts=N_TEXTS) -> list[tuple[Tensor, dict]]:
-    """Of each prompt the tokens (T,), of which none is in two prompts, and its length, kind, number and seed.
-    Raises ValueError where the texts end."""
+# notebook 4's
+LENGTHS = (400, 1500, 4000, 8000)
+PLAN = plan(LENGTHS[:3], 24, 8) + plan(LENGTHS[3:], 4, 4)
+
+
+def prompts(tokenizer, asked=PLAN) -> list[tuple[Tensor, dict]]:
+    """Of each prompt of a plan the tokens (T,), of which none is in two prompts, and its length, kind, number
+    and seed. Raises ValueError where the texts end."""
     prose = [encode(tokenizer, "\n\n".join(docstrings()), chat=False)[0]]
     code = [encode(tokenizer, source, chat=False)[0] for source in modules().values()]
-    asked, found = plan(lengths, n_needles, n_texts), {}
+    found = {}
     # those of notebook 4 are cut first, so that they are the same whatever is asked for
-    for key in dict.fromkeys(plan(LENGTHS, N_NEEDLES, N_TEXTS) + asked):
+    for key in dict.fromkeys(PLAN + asked):
         length, kind, number = key
         texts, n_tokens = (code if kind == "code" else prose), length + N_NEXT * (kind in ("text", "code"))
         place = number % len(texts)
