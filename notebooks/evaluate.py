@@ -14,7 +14,8 @@ needles found: prompts that hide a number, and are asked for it after the compre
 told digit by digit. one of three: the same, with two other numbers in the text. KL: how far predictions are
 from those with the full cache, in nats per token, on texts and on code. times ...'s: the KL as a multiple of
 that of the first policy that is not full, the geometric mean over the same prompts; less than 1 is better.
-time: to choose the keys, in % of the time to read the prompt. Brackets hold 95% intervals.
+time: to choose the keys, in % of the time to read the prompt. Brackets hold 95% intervals. A policy that
+draws is run with three seeds on each prompt, and the mean counts.
 """
 
 import argparse

@@ -488,29 +488,37 @@ def plain_log(axis, lowest: int, highest: int):
     axis.set_ticks([10.0**n for n in powers], [f"{10.0**n:.{max(-n, 0)}f}" for n in powers], fontsize=11)
 
 
-def loss_by_share(panels: dict[str, tuple[dict, dict]], what: str):
-    """What does a method lose for what it keeps? panels: title -> lines, name -> [(keys kept in %, KL), ...],
-    and points, the same for rules at their own setting."""
-    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "H2O": ORANGE, "KVzip": PINK, "PeakVotes": RED}
-    colors |= {"SnapKV": GREEN, "KeyDiff": GREY}
-    width = 2.1 + 2.35 * len(panels)
-    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.5), squeeze=False, sharey=True)
-    for axis, (title, (lines, points)) in zip(axes[0], panels.items(), strict=True):
-        for method, line in lines.items():
-            axis.plot(*zip(*line, strict=True), "o-", color=colors[method], markersize=4, linewidth=1.5)
-        for method, point in points.items():
-            axis.plot(*point, "*", color=colors[method], markersize=15, markeredgecolor=BLACK)
-        axis.set(xlabel="keys kept (%)", yscale="log", xlim=(5, 75), xticks=[25, 50, 75])
-        axis.set_title(title, fontsize=13)
-    low, high = axes[0, 0].get_ylim()
-    plain_log(axes[0, 0].yaxis, math.ceil(math.log10(low)), math.floor(math.log10(high)))
-    axes[0, 0].set_ylabel(f"KL on {what}\n(nats per token)")
-    ends = [(line[-1][1], method, colors[method]) for method, line in lines.items()]
-    star = points["GVote, paper's rule"][1]
-    axes[0, 0].plot([], [], "*", color="white", markersize=15, markeredgecolor=BLACK, label="its own setting")
-    figure.legend(loc="outside upper left", fontsize=12)
-    name_lines(axes[0, -1], [*ends, (star * 1.5, "paper's rule", SKY)], gap=0.1)
+def what_do_kept_keys_buy(lines: dict[str, list[tuple]], rules: dict[str, tuple]):
+    """How well does a method do with the keys that it keeps? lines: of each method that is told its share,
+    (keys kept in %, KL, numbers found in %) for each share. rules: the same of each rule with a budget of its
+    own, but of KL and numbers found also both ends of the interval."""
+    colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "PeakVotes": RED, "KVzip": PINK, "H2O": ORANGE}
+    colors |= {"SnapKV": GREEN, "AdaKV": GREEN, "KeyDiff": GREY, "random": GREY}
+    styles = {"AdaKV": "--", "random": ":", "StreamingLLM": "--"}
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.4), sharex=True, width_ratios=(1, 0.8))
+    for panel, axis in enumerate(axes, start=1):
+        for method, points in lines.items():
+            shares, heights = [point[0] for point in points], [point[panel] for point in points]
+            style = {"color": colors.get(method, BLACK), "linestyle": styles.get(method, "-")}
+            axis.plot(shares, heights, marker="o", markersize=3.5, linewidth=1.4, **style)
+        for rule, point in rules.items():
+            mean, low, high = point[panel]
+            axis.plot((point[0], point[0]), (low, high), color=colors[rule], linewidth=2.5)
+            style = {"color": colors[rule], "markersize": 16, "markeredgecolor": BLACK}
+            axis.plot(point[0], mean, "*", zorder=3, **style)
+            above = {"xytext": (0, 10), "textcoords": "offset points", "ha": "center", "color": colors[rule]}
+            axis.annotate(rule.removeprefix("GVote, "), (point[0], high), fontsize=11, **above)
+        axis.set(xlabel="keys kept (%)", xlim=(10, 78))
+    axes[0].set(yscale="log")
+    axes[1].set(ylim=(-5, 118), yticks=range(0, 101, 20))
+    low, high = axes[0].get_ylim()
+    plain_log(axes[0].yaxis, math.ceil(math.log10(low)), math.floor(math.log10(high)))
+    axes[0].set_title("KL on text and code (nats per token)", fontsize=13)
+    axes[1].set_title("numbers found (%)", fontsize=13)
+    ends = [(points[-1][1], method, colors.get(method, BLACK)) for method, points in lines.items()]
+    name_lines(axes[0], ends, gap=0.075)
     plt.show()
+    return figure
 
 
 def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):

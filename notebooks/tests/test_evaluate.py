@@ -57,8 +57,8 @@ def test_few_prompts_are_the_first_of_all_and_more_follow(prompts, tokenizer):
     new = [about for (_, about), found in zip(few, fingerprints(few), strict=True) if found not in known]
     assert all(about["length"] == 300 or about["number"] == 8 for about in new) and len(new) == 32 + 3
     assert min(about["seed"] for about in new) > len(prompts) and all(len(ids) >= 300 for ids, _ in few)
-    with pytest.raises(ValueError, match="no text is left for code 7 of 9000 tokens: ask for less"):
-        tasks.prompts(tokenizer, [(9000, "code", 6)])
+    with pytest.raises(ValueError, match="no text is left for code 7 of 13000 tokens: ask for less"):
+        tasks.prompts(tokenizer, [(13000, "code", 6)])
 
 
 @pytest.mark.parametrize("rule", ["per_sample", "current_query", "peak_votes", "oracle"])
