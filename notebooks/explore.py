@@ -76,7 +76,8 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate
         "top_p": TOP_P, "bar": BARS, "n_samples": N_SAMPLES, "defaults": DEFAULTS, "words": words,
         "bar_here": PeakVotes().bar_for(len(words)) / PeakVotes.bar,
         "note": note, "digits": digits, "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
-        "readers": readers, "looked_at": looked_at, "arrays": base64.b64encode(packed).decode(), "block": BLOCK,
+        "readers": readers, "looked_at": looked_at, "block": BLOCK,
+        "arrays": base64.b64encode(packed).decode(),
     }  # fmt: skip
     page = Path(__file__).with_name("explore.template.html").read_text("utf-8")
     return page.replace("DATA", json.dumps(data).replace("<", "\\u003c"), 1)  # so no word can end the script
