@@ -32,9 +32,12 @@ RULES = (GVote(), GVote(budget="current_query"), PeakVotes())
 
 
 def look(attn, hidden, keys, values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the page gets of a layer: of each sample its attention, in tenths of a percent, and the numbers of
-    the first settings with which GVote's two rules let it vote for each key, all (H_kv, G, S, T); and the
-    first bar with which PeakVotes keeps each key, (H_kv, T)."""
+    """What the page gets of a layer.
+
+    Of each sample, its attention, in hundredths of a percent, and the numbers of the first settings with which
+    it votes for each key by GVote's two rules, all (H_kv, G, S, T); and the number of the first bar with
+    which PeakVotes keeps each key, (H_kv, T).
+    """
     n_tokens = keys.size(2)
     # fewer samples are the first of these, so there is nothing to store for each number of samples
     queries = sample_queries(attn, *fit_gaussian(hidden), N_SAMPLES, n_tokens, GVote.seed)
@@ -48,7 +51,7 @@ def look(attn, hidden, keys, values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bars = torch.tensor([PeakVotes(bar).bar_for(n_tokens) for bar in reversed(BARS)])
     peak = PeakVotes().strongest_votes(attn, hidden, keys)[0]
     by_bar = len(BARS) - torch.bucketize(peak, bars, right=True)
-    samples = (x[0].unflatten(1, (-1, N_SAMPLES)) for x in ((1000 * probs).round(), by_nucleus, by_size))
+    samples = (x[0].unflatten(1, (-1, N_SAMPLES)) for x in ((10000 * probs).round(), by_nucleus, by_size))
     return *samples, by_bar
 
 
