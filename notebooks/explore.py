@@ -34,9 +34,9 @@ RULES = (GVote(), GVote(budget="current_query"), PeakVotes())
 def look(attn, hidden, keys, values) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the page gets of a layer.
 
-    Of each sample, its attention, in hundredths of a percent, and the numbers of the first settings with which
-    it votes for each key by GVote's two rules, all (H_kv, G, S, T); and the number of the first bar with
-    which PeakVotes keeps each key, (H_kv, T).
+    Of each sample, its attention, in hundredths of a percent, and the numbers of the first settings with
+    which it votes for each key by GVote's two rules, all (H_kv, G, S, T); and the number of the first bar
+    with which PeakVotes keeps each key, (H_kv, T).
     """
     n_tokens = keys.size(2)
     # fewer samples are the first of these, so there is nothing to store for each number of samples
