@@ -45,7 +45,7 @@ class Browser:
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.send(f"{domain}.enable")
         self.send("Page.navigate", url=page.as_uri())
-        self.wait(lambda: self.run("document.querySelectorAll('#text span').length"))
+        self.wait(lambda: self.run("document.querySelectorAll('#intro:not(:has(noscript))').length"))
 
     def wait(self, ready, seconds: float = 20):
         end = time.monotonic() + seconds
@@ -77,6 +77,15 @@ class Browser:
         self.process.terminate()
         self.process.wait()
 
+    def seen(self, element: str) -> bool:
+        """Is all of an element on the screen?"""
+        box = f"document.querySelector('{element}').getBoundingClientRect()"
+        return self.run(f"(b => b.top >= 0 && b.bottom <= innerHeight && b.height > 0)({box})")
+
+    def resize(self, width: int, height: int):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1}
+        self.send("Emulation.setDeviceMetricsOverride", **size, mobile=width < 500)
+
 
 def policy(rule: str, **settings):
     return PeakVotes(**settings) if rule == "peak_votes" else GVote(**settings, budget=rule)
@@ -91,6 +100,10 @@ def check_page(browser: Browser, model: Llama, ids: torch.Tensor, settings_to_tr
         rows = browser.run("kept.map(mask => mask.join('')).join(' ')").split()
         shown = torch.tensor([[bit == "1" for bit in row] for row in rows]).view_as(masks)
         assert (shown != masks).sum() <= n_different, settings
+        if settings["rule"] != "peak_votes":
+            heads, union = "data.looked_at", "voters(head, i).flat().some(([, vote]) => vote)"
+            agree = f"{heads}.every(head => kept[head].every((keep, i) => keep == {union}))"
+            assert browser.run(agree), settings
         cache = KVCache(model.config, max_new_tokens=explore.NEW_TOKENS)
         for (attn, _, keys, values), mask in zip(layers, shown, strict=True):
             cache.fill(attn.layer, keys, values, mask[None])
@@ -115,9 +128,42 @@ def test_committed_page(llama, tokenizer, tmp_path):
         ids = encode(tokenizer, browser.run("data.words.join('')"), chat=False)
         # of 103,680 keys: another CPU may round differently
         check_page(browser, llama, ids, SETTINGS[::3], n_different=10)
-        field = "document.querySelector('#bar ~ input')"
-        browser.run(f"{field}.value = ''; {field}.dispatchEvent(new Event('change'))")
-        assert float(browser.run(f"{field}.value")) == SETTINGS[6]["bar"]  # emptied, it gets its value back
+        check_silence(browser, page)
+    finally:
+        browser.close()
+
+
+def test_first_look_at_the_committed_page(tmp_path):
+    browser = Browser(Path(explore.__file__).with_name("explore.html"), tmp_path)
+    try:
+        assert browser.run("voters(state.head, state.token).flat().some(([, vote]) => vote)")
+        browser.resize(1280, 800)
+        for element in ("#text", "#top_p", "#n_samples", "#cells", ".chosen"):
+            assert browser.seen(element), element
+        browser.resize(390, 844)
+        browser.run("document.getElementById('text').scrollIntoView()")
+        for element in ("#text", "#top_p", "#n_samples", "#total"):
+            assert browser.seen(element), element
+        bottom, top = (f"document.querySelector('{x}').getBoundingClientRect()" for x in ("#text", "#dock"))
+        assert browser.run(f"{bottom}.bottom <= {top}.top")
+        here = browser.run("spans[state.token].offsetTop")
+        browser.run("document.getElementById('text').focus()")
+        for key, below in (("ArrowDown", True), ("ArrowUp", False)):
+            browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+            assert (browser.run("spans[state.token].offsetTop") > here) == below
+        assert browser.run("spans[state.token].offsetTop") == here
+    finally:
+        browser.close()
+
+
+def test_page_that_cannot_be_unpacked_says_so(tmp_path):
+    text = Path(explore.__file__).with_name("explore.html").read_text(encoding="utf-8")
+    page = tmp_path / "page.html"
+    page.write_text(text.replace('"arrays": "', '"arrays": "AAAA'), encoding="utf-8")
+    browser = Browser(page, tmp_path / "profile")
+    try:
+        assert "could not unpack" in browser.run("document.getElementById('intro').textContent")
+        assert not browser.run("document.getElementById('text').checkVisibility()")
         check_silence(browser, page)
     finally:
         browser.close()
@@ -130,7 +176,8 @@ def test_page_of_a_text_with_markup(llama, tokenizer, tmp_path, monkeypatch):
     browser = Browser(page, tmp_path / "profile")
     try:
         ids = encode(tokenizer, MARKUP)
-        check_page(browser, llama, ids, SETTINGS, n_different=0)
+        # the page has all samples in one product: fewer may round differently
+        check_page(browser, llama, ids, SETTINGS, n_different=2)
         shown = browser.run("document.getElementById('text').textContent").replace("↵", "")
         assert shown == tokenizer.decode(ids[0]) and MARKUP.strip() in shown
         assert browser.run("document.images.length") == 0
