@@ -223,12 +223,12 @@ def which_tokens_vote(words: list[str], votes: Tensor, bar: float):
             color, weight = BLACK if share >= bar else GREY, "bold" if voter > n else None
             axis.text(key, voter, f"{100 * share:.1f}", color=color, weight=weight, ha="center", va="center")
     # right of this line, a voter looks at later tokens
-    steps = [(i + 0.5, y) for i in range(n) for y in (i - 0.5, i + 0.5)]
+    steps = [(i + 0.5, y) for i in range(n - 1) for y in (i - 0.5, i + 0.5)]
     axis.plot(*zip(*steps, strict=True), color=RED, linewidth=2.5)
     axis.set_xticks(range(n), [word.strip() for word in words])
     axis.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
-    names = [*(f"{word.strip()}, moved" for word in words), "two more query heads", "strongest vote"]
-    axis.set_yticks(range(n + 2), names)
+    axis.set_yticks(range(n + 2), [*(word.strip() for word in words), "two more\nquery heads", "strongest"])
+    axis.set_ylabel("voters: all tokens,\nmoved to the next position")
     axis.set_yticks([i + 0.5 for i in range(n + 1)], minor=True)
     axis.grid(which="minor", color="white", linewidth=2)
     axis.tick_params(which="both", length=0)
@@ -236,7 +236,7 @@ def which_tokens_vote(words: list[str], votes: Tensor, bar: float):
     axis.spines[:].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.85) for color in (SKY, GREEN)]
     handles.append(plt.Line2D([], [], color=RED, linewidth=2.5))
-    names = [f"at least {bar:.1%}", "kept", "right of it: later tokens"]
+    names = [f"at least {bar:.1%}", "kept", "right of it: keys of later tokens"]
     figure.legend(handles, names, ncols=3, loc="outside lower center", fontsize=12)
     figure.suptitle("votes: attention (%)", fontsize=12)
     plt.show()
@@ -280,9 +280,7 @@ def where_votes_fall(
             axis.imshow(marks[:, near].float(), aspect="auto", extent=extent, **style)
         for y in (7.5, 15.5, 23.5):
             axis.axhline(y, color=GREY, linewidth=0.8)
-        axis.set_title(
-            f"{title}: keeps {kept.float().mean():.0%} of all keys, and the green ones of these", fontsize=13
-        )
+        axis.set_title(f"{title} (keeps {kept.float().mean():.0%} of this head's keys)", fontsize=13)
         axis.set(ylim=(len(votes) + 4.5, -0.5))
         axis.set_yticks([3.5, 11.5, 19.5, 26.5], [*(f"query head {g}" for g in range(3)), "kept"])
         axis.tick_params(axis="y", length=0)
@@ -291,14 +289,15 @@ def where_votes_fall(
         dots = [i for i in near if which[i]]
         axis.plot(dots, 100 * peak[dots], "o", color=color)
     axis.axhline(100 * bar, color=BLACK, linewidth=1)
-    axis.set_title(
-        f"PeakVotes: keeps {kept.float().mean():.0%} of all keys, and the green ones of these", fontsize=13
-    )
+    axis.set_title(f"PeakVotes (keeps {kept.float().mean():.0%} of this head's keys)", fontsize=13)
     axis.set(yscale="log", ylabel="strongest vote", ylim=(0.05, 150))
     axis.set_yticks([0.1, 1, 10, 100], ["0.1%", "1%", "10%", "100%"])
     axis.text(near[-1] + 0.7, 100 * bar, f"bar: {bar:.2%}", va="center")
     axis.set_xlim(near[0] - 0.5, near[-1] + 0.5)
     axis.set_xticks(near, [words[i].strip(" ").replace("\n", "\\n") or "\u2423" for i in near], rotation=90)
+    axis.set_xlabel(
+        "keys near the note (green: kept; a blue cell: one sample votes for one key)", fontsize=12
+    )
     for axis in axes:
         axis.axvspan(marked[0] - 0.5, marked[-1] + 0.5, color=RED, alpha=0.12, linewidth=0)
     for tick, i in zip(axes[-1].get_xticklabels(), near, strict=True):
@@ -333,7 +332,7 @@ def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], 
         ends.append((100 * shares.log().mean().exp().item(), textwrap.fill(name, 18), color))
     print(f"attention to the code, spread evenly: {even:.2%}")
     axis.axhline(100 * even, color=BLACK, linewidth=1, linestyle="--")
-    axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=11)
+    axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=10)
     axis.set(xlabel="heads that read the code (layer.head)", ylabel="attention paid\nto the code")
     axis.set(yscale="log", ylim=(5e-6, 300))
     ticks = [1e-5, 1e-3, 0.1, 1, 10, 100]
@@ -358,7 +357,7 @@ def distance_by_layer(figures: dict[str, list[float]]):
 
 # Notebook 2: what moves the budget
 
-RULE_COLORS = {"per_sample": BLUE, "current_query": ORANGE}
+RULE_COLORS = {"GVote": BLUE, "GVote, paper's rule": ORANGE}
 
 
 def how_even_is_attention(curves: dict[str, Tensor], top_p: float):
@@ -381,12 +380,14 @@ def which_prompts_keep_most(shares: dict[str, dict[str, list[float]]]):
     """Do prompts differ by more than one prompt's seeds do? shares: name -> rule -> shares kept (%). The
     first are one prompt's seeds, the others have one dot per prompt."""
     first, *others = shares
-    names = [*sorted(others, key=lambda name: sum(shares[name]["per_sample"])), first]
-    figure, axis = plt.subplots(figsize=(8, 4.4))
-    for rule, color in RULE_COLORS.items():
-        dots = [(share, y) for y, name in enumerate(names) for share in shares[name][rule]]
-        axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.5, markeredgewidth=0, label=rule)
-    axis.axhline(len(names) - 1.5, color=GREY, linewidth=1)
+    names = [*sorted(others, key=lambda name: sum(shares[name]["GVote"])), first]
+    figure, axis = plt.subplots(figsize=(8, 5))
+    # one above the other, so that no rule hides the other
+    for (rule, color), shift in zip(RULE_COLORS.items(), (0.17, -0.17), strict=True):
+        dots = [(share, y + shift) for y, name in enumerate(names) for share in shares[name][rule]]
+        axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.6, markeredgewidth=0, label=rule)
+    for y in range(len(names) - 1):
+        axis.axhline(y + 0.5, color=GREY, linewidth=1 if y == len(names) - 2 else 0.3)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="keys kept (%)", xlim=(0, 101))
     figure.legend(ncols=2, loc="outside upper center")
@@ -415,17 +416,22 @@ def what_do_the_settings_do(panels: dict[str, tuple[list, dict[str, list[list[fl
     plt.show()
 
 
-def do_longer_prompts_keep_less(pages: dict[str, dict]):
-    """Does a longer prompt keep a smaller share? pages: rule -> tokens -> mean share kept (%) of some
+def do_longer_prompts_keep_less(prompts: dict[str, dict]):
+    """Does a longer prompt keep a smaller share? prompts: rule -> tokens -> mean share kept (%) of some
     prompts, and its interval."""
-    figure, axis = plt.subplots(figsize=(8, 3.2))
+    figure, axis = plt.subplots(figsize=(8, 3.4))
     for rule, color in RULE_COLORS.items():
-        mean, low, high = zip(*pages[rule].values(), strict=True)
-        axis.vlines(list(pages[rule]), low, high, color=color, linewidth=2)
-        axis.plot(list(pages[rule]), mean, "o:", color=color, linewidth=1, markersize=4, label=rule)
-    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 80), xlim=(0, 4500))
-    axis.set_xticks(list(pages[rule]), [f"{n:,}" for n in pages[rule]])
-    axis.legend(loc="upper right")
+        lengths, shares = list(prompts[rule]), list(prompts[rule].values())
+        mean, low, high = zip(*shares, strict=True)
+        axis.fill_between(lengths, low, high, color=color, alpha=0.25, linewidth=0)
+        axis.plot(lengths, mean, "o-", color=color, label=rule)
+        for tokens, share in zip(lengths, mean, strict=True):
+            axis.text(tokens, share + 4, f"{share:.0f}%", color=color, ha="center")
+    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 85), xscale="log")
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.minorticks_off()
+    axis.margins(x=0.08)
+    figure.legend(loc="outside right center")
     plt.show()
 
 
