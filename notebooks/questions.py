@@ -402,16 +402,16 @@ def by_name(number: int, columns: Iterable[str], titles: dict[str, str | tuple[s
 
 
 def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
-    """From notebook 4's results: rule, in words -> tokens -> share kept (%) of all its prompts of this length:
-    mean and 95% interval."""
+    """From notebook 4's results: rule's name -> tokens -> share kept (%) of all prompts of this length, mean
+    and 95% interval."""
     import evaluate
 
     rows, names = evaluate.read(evaluate.EXPERIMENTS), ("gvote", "gvote_current_query")
     found = {}
-    for words, name in zip(IN_WORDS.values(), names, strict=True):
+    for label, name in zip(IN_WORDS.values(), names, strict=True):
         lengths = sorted({row["length"] for row in rows if row["policy"] == name})
         kept = {n: [100 * row["kept"] for row in evaluate.select(rows, name, n)] for n in lengths}
-        found[words] = {n: bootstrap(shares) for n, shares in kept.items()}
+        found[label] = {n: bootstrap(shares) for n, shares in kept.items()}
     return found
 
 
