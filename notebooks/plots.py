@@ -247,11 +247,13 @@ def how_many_votes(sizes: Tensor, current: Tensor, n: int):
     mean of current (G,), the sizes of the current query's nuclei."""
     figure, axis = plt.subplots(figsize=(9.2, 3.6))
     n_heads, n_samples = sizes.shape
+    # before the line
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     starts = [g * (n_samples + 3) for g in range(n_heads)]
     for start, dots, diamond in zip(starts, sizes.tolist(), current.tolist(), strict=True):
         axis.plot(range(start, start + n_samples), dots, "o", color=BLUE, markersize=7)
         for x, size in enumerate(dots, start):
-            axis.text(x, 1.15 * size, f"{size}", ha="center", fontsize=11)
+            axis.text(x, 1.15 * size, f"{size}", ha="center", fontsize=11, bbox=box)
         axis.plot(start + n_samples, diamond, "D", color=BLACK)
         axis.text(start + n_samples, 1.15 * diamond, f"{diamond}", ha="center", fontsize=11)
     axis.axhline(n, color=RED, zorder=0)
