@@ -6,8 +6,9 @@ Writes images/*.png, by `save_picture`. Draws what it is given, and measures not
 import inspect
 import math
 import os
+import re
 import textwrap
-from itertools import takewhile
+from itertools import count, product, takewhile
 from statistics import median
 
 import matplotlib.pyplot as plt
@@ -64,8 +65,9 @@ def name_lines(axis, ends: list[tuple[float, str, str]], gap: float = 0.07):
 
 
 def words_kept(panels: dict, words: list[str], note: range, question: range, readers: list[tuple[int, int]]):
-    """Which words does a policy throw away? Passages of the prompt, each token shaded by the share of all
-    heads that keep its key; below, the heads that look the note's digits up, filled if they keep them.
+    """Which words does a policy throw away, and in which heads the note's digits? Side by side, passages of
+    the prompt, each token shaded by the share of all heads that keep its key. Below, a box for each head,
+    filled if it keeps all digits: first the heads that read them, then the others.
 
     panels: by name a cache and the answer's text. words: of the prompt's tokens. note, question: which of
     them are the note and the question. readers: (layer, head) of the heads that read the digits.
@@ -76,35 +78,38 @@ def words_kept(panels: dict, words: list[str], note: range, question: range, rea
     digits = [i for i in note if words[i].isdigit()]
     # black text stays readable on all
     shades = LinearSegmentedColormap.from_list("kept", ["white", "#5b9bd5"])
-    width, n_columns, line = 7.55, 52, 1
-    column = width / (n_columns + 2)  # inches
+    width, n_columns, gutter, line = 9.2, 42, 4, 1
+    column = width / (len(panels) * (n_columns + gutter) - gutter + 2)  # inches
     figure, axis = plt.subplots(layout="none")
-    axis.set(position=(0, 0, 1, 1), xlim=(-1, n_columns + 1))
+    axis.set(position=(0, 0, 1, 1), xlim=(-1, width / column - 1))
     axis.axis("off")
     # a letter is as wide as a column
     font = {"family": "DejaVu Sans Mono", "size": 72 * column / 0.602, "va": "center_baseline"}
 
     def write(text: str, x: float = 0, share: float | None = None, weight: str = "normal"):
+        x += left
         if share is not None:
             axis.add_patch(plt.Rectangle((x, line - 0.45), len(text), 0.9, color=shades(share), linewidth=0))
         axis.text(x, line, text, weight=weight, **font)
 
-    write("Which words are kept? It matters in which heads.", weight="bold")
-    line += 1.3
+    left, last, kept = 0, 0, next(iter(panels.values()))[0].kept  # (n_layer, H_kv)
+    others = [head for head in product(*map(range, kept.shape)) if head not in readers]
     for i, share in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
         write(f"{share:4.0%} ", 5 * i, share)
     axis.add_patch(plt.Rectangle((0, line - 0.45), 25, 0.9, fill=False, linewidth=0.5))
-    write(f"of the {next(iter(panels.values()))[0].kept.numel()} heads keep it", 26)
-    for name, (cache, answer) in panels.items():
+    write(f"of the {kept.numel()} key/value heads keep the token's key", 26)
+    for left, name in zip(count(0, n_columns + gutter), panels, strict=False):
+        cache, answer = panels[name]
         heads = torch.cat([table.positions for table in cache.layers]).bincount(minlength=len(words))
-        shares = (heads / cache.kept.numel()).tolist()
-        line, x, before = line + 2, 0, -1
+        shares = (heads / kept.numel()).tolist()
+        line, x, before = 2.8, 0, -1
         write(f"{name} keeps {cache.usage:.0%} of all keys", weight="bold")
         line += 1.2
         for i in passage:
             left_out = i - before - 1
             gap, word, before = f" [{left_out} tokens] " if left_out else "", words[i], i
-            rest = takewhile(lambda w: w[0] != " ", words[i + 1 : i + 5])  # of a word of several tokens
+            # of a word of several tokens
+            rest = takewhile(lambda w: w[0] != " ", words[i + 1 : passage[-1] + 1])
             if x + len(gap + word) + (sum(map(len, rest)) if word[0] == " " else 0) > n_columns:
                 line, x, gap, word = line + 1, 0, gap.lstrip(), word if gap else word.lstrip()
             write(gap, x)
@@ -114,24 +119,26 @@ def words_kept(panels: dict, words: list[str], note: range, question: range, rea
                 edges = [((x, x + len(word)), (line + y, line + y)) for y in (-0.45, 0.45)]
                 ends = [(x, i == note[0]), (x + len(word), i == note[-1])]
                 edges += [((at, at), (line - 0.45, line + 0.45)) for at, is_end in ends if is_end]
-                for edge in edges:
-                    axis.plot(*edge, color=RED, linewidth=2.5)
+                for (start, stop), heights in edges:
+                    axis.plot((left + start, left + stop), heights, color=RED, linewidth=2.5)
             x += len(word)
-        found = [set(digits) <= set(cache.kept_positions(*head).tolist()) for head in readers]
+        for of_these, what, color in ((readers, "heads that read the code", RED), (others, "others", BLUE)):
+            found = [set(digits) <= set(cache.kept_positions(*head).tolist()) for head in of_these]
+            line += 1.5
+            write(f"{sum(found)} of {len(found)} {what} keep it", weight="bold")
+            line += 0.6
+            for i, keeps in enumerate(found):
+                corner = (left + 0.1 + i % n_columns, line + 0.6 * (i // n_columns))
+                axis.add_patch(plt.Rectangle(corner, 0.75, 0.4, color=color, fill=keeps))
         right = "right" if "".join(words[i] for i in digits) in answer else "wrong"
-        line += 1.4
-        write(f"{sum(found)} of {len(found)} heads that read the code keep it", weight="bold")
-        for i, keeps in enumerate(found):
-            corner = (n_columns - 7.6 + i % 8, line - 0.4 + i // 8)
-            axis.add_patch(plt.Rectangle(corner, 0.7, 0.7, color=RED, fill=keeps))
-        line += 1.1
-        said = textwrap.shorten(answer, 84, placeholder=" ...")
-        for part in textwrap.wrap(f"Answer ({right}): {said}", n_columns - 10):
+        line += 2.2
+        said = textwrap.shorten(answer, 74, placeholder=" ...")
+        for part in textwrap.wrap(f"Answer ({right}): {said}", n_columns):
             write(part)
             line += 1
-        line -= 0.6
-    axis.set_ylim(line + 1, 0)
-    figure.set_size_inches(width, 2 * column * (line + 1))  # a line is as high as two columns are wide
+        last = max(last, line)
+    axis.set_ylim(last, 0)
+    figure.set_size_inches(width, 2 * column * last)  # a line is as high as two columns are wide
     return figure
 
 
@@ -140,8 +147,8 @@ def words_kept(panels: dict, words: list[str], note: range, question: range, rea
 
 def show_code(*functions):
     """Shows functions as a notebook's output, without their docstrings."""
-    parts = [inspect.getsource(function).split('"""', 2) for function in functions]
-    code = "\n\n".join(signature.rstrip() + body.rstrip() for signature, _, body in parts)
+    codes = (textwrap.dedent(inspect.getsource(function)) for function in functions)
+    code = "\n\n".join(re.sub(r'\s*""".*?"""', "", each, count=1, flags=re.DOTALL).rstrip() for each in codes)
     display(Markdown(f"```python\n{code}\n```"))
 
 
@@ -201,54 +208,102 @@ def which_keys_get_votes(words: list[str], probs: Tensor, panels: dict[str, Tens
     plt.show()
 
 
+def which_tokens_vote(words: list[str], votes: Tensor, bar: float):
+    """Whom do a few tokens vote for, and which keys reach the bar? One head: votes (G * T, T) of the tokens.
+    Those of the first query head are rows of their own, of the others there is the strongest."""
+    n = len(words)
+    rows = torch.stack([*votes[:n], votes[n:].amax(dim=0), votes.amax(dim=0)])
+    figure, axis = plt.subplots(figsize=(7.6, 4.6))
+    colors = LinearSegmentedColormap.from_list("votes", ["white", SKY, GREEN], N=3)
+    reached = (rows >= bar).float()
+    reached[-1] *= 2
+    axis.imshow(reached, cmap=colors, vmin=0, vmax=2, aspect="auto", alpha=0.85)
+    for voter, shares in enumerate(rows.tolist()):
+        for key, share in enumerate(shares):
+            color, weight = BLACK if share >= bar else GREY, "bold" if voter > n else None
+            axis.text(key, voter, f"{100 * share:.1f}", color=color, weight=weight, ha="center", va="center")
+    # right of this line, a voter looks at later tokens
+    steps = [(i + 0.5, y) for i in range(n - 1) for y in (i - 0.5, i + 0.5)]
+    axis.plot(*zip(*steps, strict=True), color=RED, linewidth=2.5)
+    axis.set_xticks(range(n), [word.strip() for word in words])
+    axis.set_xticks([i + 0.5 for i in range(n - 1)], minor=True)
+    axis.set_yticks(range(n + 2), [*(word.strip() for word in words), "two more\nquery heads", "strongest"])
+    axis.set_ylabel("voters: all tokens,\nmoved to the next position")
+    axis.set_yticks([i + 0.5 for i in range(n + 1)], minor=True)
+    axis.grid(which="minor", color="white", linewidth=2)
+    axis.tick_params(which="both", length=0)
+    axis.xaxis.tick_top()
+    axis.spines[:].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.85) for color in (SKY, GREEN)]
+    handles.append(plt.Line2D([], [], color=RED, linewidth=2.5))
+    names = [f"at least {bar:.1%}", "kept", "right of it: keys of later tokens"]
+    figure.legend(handles, names, ncols=3, loc="outside lower center", fontsize=12)
+    figure.suptitle("votes: attention (%)", fontsize=12)
+    plt.show()
+
+
 def how_many_votes(sizes: Tensor, current: Tensor, n: int):
-    """How many keys does each sample vote for? sizes (G, S): by the default rule. n: by the paper's rule, the
+    """How many keys does each sample vote for? sizes (G, S): by GVote's rule. n: by the paper's rule, the
     mean of current (G,), the sizes of the current query's nuclei."""
     figure, axis = plt.subplots(figsize=(9.2, 3.6))
     n_heads, n_samples = sizes.shape
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # before the line
+    # before the line
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     starts = [g * (n_samples + 3) for g in range(n_heads)]
-    for start, bars, diamond in zip(starts, sizes.tolist(), current.tolist(), strict=True):
-        axis.bar(range(start, start + n_samples), bars, color=SKY)
-        for x, size in enumerate(bars, start):
-            axis.text(x, 1.05 * size, f"{size}", ha="center", fontsize=11, bbox=box)
+    for start, dots, diamond in zip(starts, sizes.tolist(), current.tolist(), strict=True):
+        axis.plot(range(start, start + n_samples), dots, "o", color=BLUE, markersize=7)
+        for x, size in enumerate(dots, start):
+            axis.text(x, 1.15 * size, f"{size}", ha="center", fontsize=11, bbox=box)
         axis.plot(start + n_samples, diamond, "D", color=BLACK)
-        axis.text(start + n_samples + 0.45, 1.04 * diamond, f"{diamond}", va="bottom", fontsize=11)
+        axis.text(start + n_samples, 1.15 * diamond, f"{diamond}", ha="center", fontsize=11)
     axis.axhline(n, color=RED, zorder=0)
     axis.set_xticks([start + 3.5 for start in starts], [f"query head {g}" for g in range(n_heads)])
     axis.tick_params(axis="x", length=0)
-    axis.set(ylabel="keys voted for", yscale="log", xlim=(-0.8, starts[-1] + n_samples + 1.6), ylim=(5, 1000))
+    axis.set(ylabel="keys voted for", yscale="log", xlim=(-0.8, starts[-1] + n_samples + 1), ylim=(5, 1000))
     axis.set_yticks([10, 100, 1000], ["10", "100", "1,000"])
-    ends = [(300, "default rule:\na bar per sample", BLUE), (n, f"paper's rule:\n{n} keys each", RED)]
+    ends = [(300, "\u25cf GVote:\na dot per sample", BLUE), (n, f"paper's rule:\n{n} keys each", RED)]
     name_lines(axis, [*ends, (9, "\u25c6 nucleus of the\ncurrent query", BLACK)])
     plt.show()
 
 
-def where_votes_fall(panels: dict[str, Tensor], name: str, marked: list[int]):
-    """Where in the prompt are the keys that get votes? panels: by rule, the votes (G * S, T) of a head's 24
-    samples. The marked tokens have a line with this name."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 4), sharey=True)
-    for axis, (title, votes) in zip(axes, panels.items(), strict=True):
+def where_votes_fall(
+    panels: dict[str, Tensor], peak: Tensor, bar: float, words: list[str], near: range, marked: list[int]
+):
+    """Which keys near the note get votes? One head: panels: by rule, the votes (G * S, T) of its samples;
+    peak (T,), PeakVotes' strongest vote for each key, and its bar. words: of the prompt; near: which of them
+    to show; marked: which of these are the code."""
+    figure, axes = plt.subplots(3, 1, figsize=(9.2, 7.6), sharex=True)
+    for axis, (title, votes) in zip(axes, panels.items(), strict=False):
         kept = votes.any(dim=0)
         for marks, top, color in ((votes, 0, BLUE), (kept[None], len(votes) + 1, GREEN)):
-            # the share of 8 tokens: there is no room for all
-            share = F.avg_pool1d(marks.float(), 8, ceil_mode=True)
             shades = LinearSegmentedColormap.from_list("votes", ["white", color])
-            extent = (0, 8 * share.size(1), top + max(len(marks), 4) - 0.5, top - 0.5)
+            extent = (near[0] - 0.5, near[-1] + 0.5, top + max(len(marks), 4) - 0.5, top - 0.5)
             style = {"cmap": shades, "vmin": 0, "vmax": 1, "interpolation": "nearest"}
-            axis.imshow(share, aspect="auto", extent=extent, **style)
+            axis.imshow(marks[:, near].float(), aspect="auto", extent=extent, **style)
         for y in (7.5, 15.5, 23.5):
             axis.axhline(y, color=GREY, linewidth=0.8)
-        axis.axvline(sum(marked) / len(marked), color=RED, linewidth=1.5)
-        axis.text(sum(marked) / len(marked), -1, name, color=RED, ha="center", va="bottom")
-        axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13, pad=24)
-        axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000])
-        axis.set(xlim=(0, len(kept)), ylim=(len(votes) + 4.5, -0.5))
-    names = [*(f"query head {g}\n(8 samples)" for g in range(3)), "kept"]
-    axes[0].set_yticks([3.5, 11.5, 19.5, 26.5], names)
-    for axis in axes:
+        axis.set_title(f"{title} (keeps {kept.float().mean():.0%} of this head's keys)", fontsize=13)
+        axis.set(ylim=(len(votes) + 4.5, -0.5))
+        axis.set_yticks([3.5, 11.5, 19.5, 26.5], [*(f"query head {g}" for g in range(3)), "kept"])
         axis.tick_params(axis="y", length=0)
-    figure.supxlabel("the darker, the more of eight neighbouring keys get a vote", fontsize=12)
+    kept, axis = peak >= bar, axes[-1]
+    for which, color in ((kept, GREEN), (~kept, GREY)):
+        dots = [i for i in near if which[i]]
+        axis.plot(dots, 100 * peak[dots], "o", color=color)
+    axis.axhline(100 * bar, color=BLACK, linewidth=1)
+    axis.set_title(f"PeakVotes (keeps {kept.float().mean():.0%} of this head's keys)", fontsize=13)
+    axis.set(yscale="log", ylabel="strongest vote", ylim=(0.05, 150))
+    axis.set_yticks([0.1, 1, 10, 100], ["0.1%", "1%", "10%", "100%"])
+    axis.text(near[-1] + 0.7, 100 * bar, f"bar: {bar:.2%}", va="center")
+    axis.set_xlim(near[0] - 0.5, near[-1] + 0.5)
+    axis.set_xticks(near, [words[i].strip(" ").replace("\n", "\\n") or "\u2423" for i in near], rotation=90)
+    axis.set_xlabel(
+        "keys near the note (green: kept; a blue cell: one sample votes for one key)", fontsize=12
+    )
+    for axis in axes:
+        axis.axvspan(marked[0] - 0.5, marked[-1] + 0.5, color=RED, alpha=0.12, linewidth=0)
+    for tick, i in zip(axes[-1].get_xticklabels(), near, strict=True):
+        tick.set(fontsize=11, color=RED if i in marked else BLACK)
     plt.show()
 
 
@@ -259,30 +314,32 @@ def what_all_heads_keep(panels: dict[str, Tensor]):
         cells = 100 * F.avg_pool1d(kept.flatten(0, 1).float(), 32, ceil_mode=True)
         extent = (0, 32 * cells.size(1), len(kept), 0)
         image = axis.imshow(cells, aspect="auto", vmin=0, vmax=100, interpolation="nearest", extent=extent)
-        axis.set_title(f"{title}: keeps {kept.float().mean():.0%}", fontsize=13)
-        axis.set(xlabel="position in the prompt (token)", xticks=[0, 500, 1000], yticks=[0, 10, 20, 30])
+        axis.set_title(f"{title}:\nkeeps {kept.float().mean():.0%}", fontsize=13)
+        axis.set(xticks=[0, 500, 1000], yticks=[0, 10, 20, 30])
     axes[0].set_ylabel("layer (three heads each)")
+    figure.supxlabel("position in the prompt (a cell: one head, 32 tokens)", fontsize=13)
     figure.colorbar(image, ax=axes, ticks=[0, 50, 100], label="keys kept (%)")
     plt.show()
 
 
 def do_samples_ask(heads: list[tuple[int, int]], paid: dict[str, list[Tensor]], even: float):
-    """Do the samples ask for what the answer reads? heads: (layer, head) of some. paid: in all heads, the
-    attention to it of the answer's best query, and of the samples (G * S,). even: an even share."""
-    figure, axis = plt.subplots(figsize=(9.2, 3.8))
-    x = range(len(heads))
-    for (name, each), color, marker in zip(paid.items(), (RED, SKY), "Do", strict=True):
+    """Who asks for what the answer reads? heads: (layer, head) of some. paid: by voter, in all heads, the
+    attention to it: of one query, or of several (N,). even: an even share."""
+    figure, axis = plt.subplots(figsize=(9.2, 4.2))
+    x, ends = range(len(heads)), [(100 * even, "spread evenly", BLACK)]
+    for (name, each), color, marker in zip(paid.items(), (RED, GREEN, SKY), "Dso", strict=True):
         shares = torch.stack(each).unflatten(0, (-1, 3))[tuple(zip(*heads, strict=True))].view(len(heads), -1)
-        axis.plot(x, 100 * shares.clamp(min=1e-7), marker, color=color, markersize=7 if color == RED else 4)
+        axis.plot(x, 100 * shares.clamp(min=1e-7), marker, color=color, markersize=4 if marker == "o" else 7)
         print(f"attention to the code, {name}: {shares.min():.2%} to {shares.max():.2%}")
+        ends.append((100 * shares.log().mean().exp().item(), textwrap.fill(name, 18), color))
     print(f"attention to the code, spread evenly: {even:.2%}")
     axis.axhline(100 * even, color=BLACK, linewidth=1, linestyle="--")
-    axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=11)
-    axis.set(xlabel="heads that read the code (layer.head)", ylabel="attention paid\nto the code (%)")
+    axis.set_xticks(x, [f"{layer}.{head}" for layer, head in heads], fontsize=10)
+    axis.set(xlabel="heads that read the code (layer.head)", ylabel="attention paid\nto the code")
     axis.set(yscale="log", ylim=(5e-6, 300))
-    axis.set_yticks([1e-5, 1e-3, 0.1, 10, 100], ["0.00001\nor less", "0.001", "0.1", "10", "100"])
-    ends = [(70, "the answer's\nbest query", RED), (100 * even, "spread evenly", BLACK)]
-    name_lines(axis, [*ends, (1e-3, "24 samples\nin each head", BLUE)], gap=0.13)
+    ticks = [1e-5, 1e-3, 0.1, 1, 10, 100]
+    axis.set_yticks(ticks, ["0.00001%\nor less", *(f"{tick:g}%" for tick in ticks[1:])])
+    name_lines(axis, ends, gap=0.15)
     plt.show()
 
 
@@ -302,7 +359,7 @@ def distance_by_layer(figures: dict[str, list[float]]):
 
 # Notebook 2: what moves the budget
 
-RULE_COLORS = {"per_sample": BLUE, "current_query": ORANGE}
+RULE_COLORS = {"GVote": BLUE, "GVote, paper's rule": ORANGE}
 
 
 def how_even_is_attention(curves: dict[str, Tensor], top_p: float):
@@ -325,12 +382,14 @@ def which_prompts_keep_most(shares: dict[str, dict[str, list[float]]]):
     """Do prompts differ by more than one prompt's seeds do? shares: name -> rule -> shares kept (%). The
     first are one prompt's seeds, the others have one dot per prompt."""
     first, *others = shares
-    names = [*sorted(others, key=lambda name: sum(shares[name]["per_sample"])), first]
-    figure, axis = plt.subplots(figsize=(8, 4.4))
-    for rule, color in RULE_COLORS.items():
-        dots = [(share, y) for y, name in enumerate(names) for share in shares[name][rule]]
-        axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.5, markeredgewidth=0, label=rule)
-    axis.axhline(len(names) - 1.5, color=GREY, linewidth=1)
+    names = [*sorted(others, key=lambda name: sum(shares[name]["GVote"])), first]
+    figure, axis = plt.subplots(figsize=(8, 5))
+    # one above the other, so that no rule hides the other
+    for (rule, color), shift in zip(RULE_COLORS.items(), (0.17, -0.17), strict=True):
+        dots = [(share, y + shift) for y, name in enumerate(names) for share in shares[name][rule]]
+        axis.plot(*zip(*dots, strict=True), "o", color=color, alpha=0.6, markeredgewidth=0, label=rule)
+    for y in range(len(names) - 1):
+        axis.axhline(y + 0.5, color=GREY, linewidth=1 if y == len(names) - 2 else 0.3)
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel="keys kept (%)", xlim=(0, 101))
     figure.legend(ncols=2, loc="outside upper center")
@@ -359,17 +418,22 @@ def what_do_the_settings_do(panels: dict[str, tuple[list, dict[str, list[list[fl
     plt.show()
 
 
-def do_longer_prompts_keep_less(pages: dict[str, dict]):
-    """Does a longer prompt keep a smaller share? pages: rule -> tokens -> mean share kept (%) of some
+def do_longer_prompts_keep_less(prompts: dict[str, dict]):
+    """Does a longer prompt keep a smaller share? prompts: rule -> tokens -> mean share kept (%) of some
     prompts, and its interval."""
-    figure, axis = plt.subplots(figsize=(8, 3.2))
+    figure, axis = plt.subplots(figsize=(8, 3.4))
     for rule, color in RULE_COLORS.items():
-        mean, low, high = zip(*pages[rule].values(), strict=True)
-        axis.vlines(list(pages[rule]), low, high, color=color, linewidth=2)
-        axis.plot(list(pages[rule]), mean, "o:", color=color, linewidth=1, markersize=4, label=rule)
-    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 80), xlim=(0, 4500))
-    axis.set_xticks(list(pages[rule]), [f"{n:,}" for n in pages[rule]])
-    axis.legend(loc="upper right")
+        lengths, shares = list(prompts[rule]), list(prompts[rule].values())
+        mean, low, high = zip(*shares, strict=True)
+        axis.fill_between(lengths, low, high, color=color, alpha=0.25, linewidth=0)
+        axis.plot(lengths, mean, "o-", color=color, label=rule)
+        for tokens, share in zip(lengths, mean, strict=True):
+            axis.text(tokens, share + 4, f"{share:.0f}%", color=color, ha="center")
+    axis.set(xlabel="tokens in the prompt", ylabel="keys kept (%)", ylim=(0, 85), xscale="log")
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.minorticks_off()
+    axis.margins(x=0.08)
+    figure.legend(loc="outside right center")
     plt.show()
 
 

@@ -36,11 +36,12 @@ from gvote import N_SINK, GVote, attention, fit_gaussian, sample_queries
 from model import Llama
 from speed import device_name
 from stats import bootstrap, with_interval
-from tasks import LENGTHS, NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
+from tasks import NAMES, THINGS, Task, continuation, gvote_entry, keep_share, record
 
 RESULTS = Path(__file__).with_name("results") / "questions.json"
 N_PROMPT = 1024  # tokens that are compressed
 RULES = ("per_sample", "current_query")  # this repo's default, and the paper's
+IN_WORDS = dict(zip(RULES, ("GVote", "GVote, paper's rule"), strict=True))
 PAGES = "typesseq typesmapping debugger strings comparisons execmodel".split()
 MORE_PAGES = "assignment try calls sequence-types numeric-types function".split()
 MODULES = "ast heapq random shutil statistics zipfile".split()
@@ -397,23 +398,21 @@ def by_name(number: int, columns: Iterable[str], titles: dict[str, str | tuple[s
         title, spec = title if isinstance(title, tuple) else (title, ".3g")
         found = [figures.get(name.format(column)) for column in columns]
         lines.append([title, *(with_interval(*bootstrap(x), spec) if x else "–" for x in found)])
-    return grid(["", *columns], lines)
+    return grid(["", *(IN_WORDS.get(column, column) for column in columns)], lines)
 
 
 def kept_by_length() -> dict[str, dict[int, tuple[float, float, float]]]:
-    """From notebook 4's results: rule -> tokens -> share kept (%) of 12 pages with a needle: mean and 95%
-    interval."""
+    """From notebook 4's results: rule's name -> tokens -> share kept (%) of all prompts of this length, mean
+    and 95% interval."""
     import evaluate
 
-    def shares(name: str, n_tokens: int) -> list[float]:
-        found = evaluate.select(rows, name, n_tokens, ["needle"])
-        return [100 * row["kept"] for row in found]
-
     rows, names = evaluate.read(evaluate.EXPERIMENTS), ("gvote", "gvote_current_query")
-    return {
-        rule: {n_tokens: bootstrap(shares(name, n_tokens)) for n_tokens in LENGTHS}
-        for rule, name in zip(RULES, names, strict=True)
-    }
+    found = {}
+    for label, name in zip(IN_WORDS.values(), names, strict=True):
+        lengths = sorted({row["length"] for row in rows if row["policy"] == name})
+        kept = {n: [100 * row["kept"] for row in evaluate.select(rows, name, n)] for n in lengths}
+        found[label] = {n: bootstrap(shares) for n, shares in kept.items()}
+    return found
 
 
 def main(numbers: list[int]):

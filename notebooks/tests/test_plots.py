@@ -8,7 +8,7 @@ import torch
 
 import plots
 from generate import NOTE, QUESTION, encode, pieces
-from gvote import GVote
+from gvote import GVote, PeakVotes
 from model import KVCache, keep_all
 from tasks import place
 from test_gvote import random_ids, tiny_llama
@@ -27,12 +27,14 @@ def test_the_note_is_found_by_its_text(tokenizer, n_before):
     caches = KVCache(tiny_llama().config), KVCache(tiny_llama().config)
     for cache, policy in zip(caches, (keep_all, GVote(0.5)), strict=True):
         tiny_llama()(ids, cache, policy)
-    panels = {"full": (caches[0], "It is 4471."), "GVote": (caches[1], "It is 44.")}
+    panels = {"all": (caches[0], "It is 4471."), "GVote": (caches[1], "It is 44.")}
     figure = plots.words_kept(panels, words, note, question, readers=[(0, 1), (2, 0)])
     texts = figure.axes[0].texts
     bold = [text.get_text() for text in texts if text.get_weight() == "bold"]
     assert [text for text in bold if text.isdigit()] == list("4471") * 2
-    assert [text for text in bold if "keep it" in text][0].startswith("2 of 2 heads")
+    n_others = caches[0].kept.numel() - 2
+    kept = [text for text in bold if "keep it" in text]
+    assert kept[0].startswith("2 of 2 heads") and kept[1].startswith(f"{n_others} of {n_others} others")
     said = [text.get_text() for text in texts if text.get_text().startswith("Answer")]
     assert said == ["Answer (right): It is 4471.", "Answer (wrong): It is 44."]
     plt.close(figure)
@@ -48,10 +50,30 @@ def test_pictures_show_all_of_a_prompt(n_tokens, monkeypatch):
     n_last = n_tokens - 32 * (cells.shape[1] - 1)
     assert cells.shape[0] == 90 and 0 < n_last <= 32
     assert cells[0].tolist() == pytest.approx([0] * (cells.shape[1] - 1) + [100 / n_last])
-    plots.where_votes_fall({"one rule": kept[:24, 0], "another": kept[:24, 0]}, "the code", [5])
-    share = plt.gcf().axes[0].images[0].get_array()
-    assert share[3, -1] == pytest.approx(1 / (n_tokens - 8 * (share.shape[1] - 1)))
     plt.close("all")
+
+
+def test_a_vote_near_the_note_stands_at_its_own_key(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    votes, peak = torch.zeros(24, 60, dtype=torch.bool), torch.linspace(0, 0.59, 60)
+    votes[3, 41] = True
+    plots.where_votes_fall({"a": votes, "b": votes}, peak, 0.405, ["w"] * 60, range(35, 50), [41, 42])
+    first, _, last = plt.gcf().axes
+    cells = first.images[0]
+    assert cells.get_array()[3].tolist() == [i == 41 for i in range(35, 50)]
+    assert cells.get_extent()[:2] == [34.5, 49.5]
+    kept, dropped, bar = last.lines
+    assert kept.get_xdata().tolist() == list(range(41, 50)) and min(kept.get_ydata()) > bar.get_ydata()[0]
+    assert dropped.get_xdata().tolist() == list(range(35, 41))
+    plt.close("all")
+
+
+def test_code_is_shown_without_its_docstring(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "display", shown.append)
+    plots.show_code(PeakVotes.bar_for, PeakVotes.__call__)
+    assert '"""' not in shown[0].data
+    assert "\ndef bar_for(" in shown[0].data and "\ndef __call__(" in shown[0].data
 
 
 def test_a_block_is_read_by_each_head_with_rows_in_it(capsys):

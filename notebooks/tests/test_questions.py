@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import evaluate
 import questions
 import tasks
 from gvote import GVote
@@ -99,6 +100,8 @@ def test_what_was_measured_is_in_the_file_and_in_tables(tmp_path, monkeypatch, c
     assert questions.figures_of(8) == {"a, kept": [50.0] * 40, "b, kept": [12.35] * 40}
     table = questions.by_name(8, "abc", {"{}, kept": "share", "{}, kl": ("KL", ".1f")}).data
     assert table.splitlines()[2:] == ["| share | 50 (50–50) | 12.3 (12.3–12.3) | – |", "| KL | – | – | – |"]
+    header = questions.by_name(8, questions.RULES, {}).data.splitlines()[0]
+    assert header == "|  | GVote | GVote, paper's rule |"
     capsys.readouterr()
     monkeypatch.setitem(questions.QUESTIONS, 8, lambda *_: {"a, kept": 60.0, "b, kept": 12.35})
     questions.ask_again(8, None, None, 2)
@@ -111,3 +114,14 @@ def test_the_file_of_results_has_all_texts():
         lengths = {len(values) for name, values in figures.items() if not name.endswith("by layer")}
         assert lengths == {40 if number == 8 else 12}
         assert all(math.isfinite(x) for values in figures.values() for x in values)
+
+
+def test_the_kept_share_by_length_is_of_all_kinds(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "EXPERIMENTS", tmp_path / "some.jsonl")
+    for length, kind, kept in ((50, "needle", 0.25), (50, "text", 0.75), (7000, "code", 0.125)):
+        line = {"length": length, "kind": kind, "number": 0}
+        policies = {name: {"kept": kept} for name in ("full", "gvote", "gvote_current_query")}
+        evaluate.add(evaluate.EXPERIMENTS, line | {"policies": policies})
+    found = questions.kept_by_length()
+    assert [*found] == ["GVote", "GVote, paper's rule"]
+    assert {n: mean for n, (mean, _, _) in found["GVote"].items()} == {50: 50.0, 7000: 12.5}
