@@ -18,7 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from model import BLOCK, KVCache, Table
-from stats import print_table
+from stats import print_table, wilson, with_interval
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -600,3 +600,22 @@ def who_asks_for_the_code(heads: dict[str, dict[str, Tensor]], words: list[str],
     bar.set_ticks([0.1, 1, 10, 100], labels=["0.1%", "1%", "10%", "100%"])
     bar.minorticks_off()
     plt.show()
+
+
+# Notebook 6: any model
+
+
+def which_policies_solve_it(rows: list[dict]):
+    """Which policies still solve a benchmark's tasks? rows: of results/benchmarks.jsonl. Prints mean scores,
+    their 95% intervals, and the shares of the keys kept."""
+    plain = {"full": "full cache", "gvote": "GVote", "gvote_current_query": "GVote, paper's rule"}
+    plain["peak_votes"] = "PeakVotes"
+    table = {}
+    for row in rows:
+        ((score, _),) = row["scores"].values()
+        name = plain.get(row["policy"], row["policy"].replace("Press:", ", told "))
+        task = f"{row['task']}, {row['length']:,} tokens, {row['n']} prompts"
+        scored = with_interval(score, *wilson(score, row["n"]), ".2f")
+        table.setdefault(name, {})[task] = f"{scored}, {row['kept']:.0%}"
+    header = ["score (95% interval), keys kept", *table["full cache"]]
+    print_table([header, *([name, *cells.values()] for name, cells in table.items())])
