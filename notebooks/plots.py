@@ -554,16 +554,10 @@ def which_rung_helps(panels: dict[str, list[dict[str, tuple]]], changed: dict[st
         axis.set_yticks(range(len(lines)), [rung for rung, _ in lines])
         axis.set_xticks([0.1, 1, 10, 100], ["\u00d7 0.1", "\u00d7 1", "\u00d7 10", "\u00d7 100"])
         axis.grid(axis="x", alpha=0.3)
-    for y, what in (
-        (0.99, "times the KL of\nthe rung before"),
-        (0.01, "times the KL of\none bar: PeakVotes"),
-    ):
-        style = {"ha": "right", "va": "top" if y > 0.5 else "bottom", "fontsize": 12}
-        axes[0].text(0.99, y, what, transform=axes[0].transAxes, **style)
+    figure.supxlabel("times the KL of the rung before (below the line: of one bar)", fontsize=12)
     handles = [plt.Line2D([], [], marker="o", linewidth=2, color=c, label=what) for what, c in colors.items()]
-    handles.append(
-        plt.Line2D([], [], marker="o", color=BLACK, markerfacecolor="white", label="no difference shown")
-    )
+    style = {"marker": "o", "color": BLACK, "markerfacecolor": "white"}
+    handles.append(plt.Line2D([], [], label="no difference shown", **style))
     figure.legend(handles=handles, ncols=2, loc="outside upper center", fontsize=12)
     plt.show()
 
