@@ -246,7 +246,9 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     for name, times in zip(runs, seconds, strict=True):
         shares = [timed.seconds / total for timed, total in zip(runs[name][1:], times, strict=True)]
         low, high = min(shares), max(shares)
-        print(f"{name}'s share of a prefill of {n} tokens: {median(shares):.0%} ({low:.0%}–{high:.0%})")
+        print(
+            f"{name}: choosing keys takes {median(shares):.0%} of a prefill of {n} tokens ({low:.0%}–{high:.0%})"
+        )
 
 
 # How much memory does a cache take while a prompt is read?
