@@ -201,7 +201,7 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
     runs = [(n, how, way) for how in calls for n, way in caches]
     steps = {(n, how, way): one_token(model, caches[n, way], calls[how]) for n, how, way in runs}
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
-    lines = [["tokens", "GVote: keys kept", "time, of the prefill"]]
+    lines = [["tokens", "kept", "choosing"]]
     lines[0] += [f"{how}: full, GVote, times as fast (range)" for how in calls]
     for n in contexts:
         times = [times_as_fast(seconds[n, how, "full"], seconds[n, how, "GVote"]) for how in calls]
@@ -246,9 +246,8 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
     for name, times in zip(runs, seconds, strict=True):
         shares = [timed.seconds / total for timed, total in zip(runs[name][1:], times, strict=True)]
         low, high = min(shares), max(shares)
-        print(
-            f"{name}: choosing keys takes {median(shares):.0%} of a prefill of {n} tokens ({low:.0%}–{high:.0%})"
-        )
+        share = f"{median(shares):.0%} of a prefill of {n} tokens ({low:.0%}–{high:.0%})"
+        print(f"{name}: choosing the keys takes {share}")
 
 
 # How much memory does a cache take while a prompt is read?
