@@ -6,22 +6,24 @@ the share of its attention that the key gets. A rung of the ladder is a pair of 
     votes = voters(task, layer)    of N voters for the prompt's T keys: (1, H_kv, N, T)
     top_p = count(votes)           from which top_p on each key is kept: (1, H_kv, T)
 
-Every task has a seed of its own, from which all samples are drawn.
+Every task has a seed of its own, from which all samples are drawn. Up to the rung "every token", the prompt's
+first four tokens do not vote, as in GVote.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import fmean, median
 from time import process_time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import baselines
 from generate import checkpoint_folder, generate, stop_tokens
-from gvote import attention, fit_gaussian, layer_generator, sample_queries
+from gvote import N_SINK, attention, fit_gaussian, layer_generator, sample_queries
 from model import KVCache, Llama
-from stats import bootstrap, ratio, with_interval
+from stats import ratio, with_interval
 from tasks import Task, code, continuation, entry, keep_share, needle, prose, recall
 
 # ---- Who votes
@@ -50,16 +52,18 @@ def samples_8(task: Task, layer: int) -> Tensor:
 def correlated_256(task: Task, layer: int) -> Tensor:
     """Random mixtures of the prompt's own deviations from their mean have just its covariance."""
     attn, hidden, _, _ = task.layers[layer]
-    mean = hidden.mean(dim=1, keepdim=True)
-    mix = torch.randn(256, task.n_prompt, generator=layer_generator(attn, task.seed), device="cpu")
-    mix = mix.to(hidden.device) / math.sqrt(task.n_prompt)
-    return vote(task, layer, mean + mix @ (hidden - mean), following(task, 256))
+    fitted = hidden[:, N_SINK:]
+    mean, n = fitted.mean(dim=1, keepdim=True), fitted.size(1)
+    mix = torch.randn(256, n, generator=layer_generator(attn, task.seed), device="cpu")
+    mix = mix.to(hidden.device) / math.sqrt(n)
+    return vote(task, layer, mean + mix @ (fitted - mean), following(task, 256))
 
 
 def some_real(task: Task, layer: int) -> Tensor:
+    """The hidden states of 256 random tokens of the prompt."""
     attn, hidden, _, _ = task.layers[layer]
     generator = layer_generator(attn, task.seed)
-    return hidden[:, torch.randint(task.n_prompt, (256,), generator=generator, device="cpu")]
+    return hidden[:, torch.randint(N_SINK, task.n_prompt, (256,), generator=generator, device="cpu")]
 
 
 def real_256(task: Task, layer: int) -> Tensor:
@@ -67,10 +71,12 @@ def real_256(task: Task, layer: int) -> Tensor:
 
 
 def real_next(task: Task, layer: int) -> Tensor:
+    """All of them stand where the next token will be."""
     return vote(task, layer, some_real(task, layer), torch.full((256,), task.n_prompt))
 
 
 def every_token(task: Task, layer: int, step: int = 1) -> Tensor:
+    """All tokens of the prompt, or every step-th, stand where the next token will be."""
     hidden = task.layers[layer][1][:, ::step]
     return vote(task, layer, hidden, torch.full((hidden.size(1),), task.n_prompt))
 
@@ -122,9 +128,16 @@ def bar(votes: Tensor) -> Tensor:
     return 1 - votes.amax(dim=2)
 
 
+def bar_with_neighbours(votes: Tensor) -> Tensor:
+    """The same, but a tenth of a key's strongest vote also counts for the 16 keys on each side of it."""
+    scores = votes.amax(dim=2)
+    return 1 - scores.maximum(0.1 * F.max_pool1d(scores, kernel_size=33, stride=1, padding=16))
+
+
 # ---- The ladder
 
 Rung = tuple[Callable, Callable]  # voters, count
+# as PeakVotes in prompts of up to 512 tokens
 PEAK_VOTES = "one bar: PeakVotes"
 # each rung changes one thing in the one before it
 CHANGED: dict[str, dict[str, Rung]] = {
@@ -153,7 +166,10 @@ REACHABLE: dict[str, Rung] = {"GVote": (samples_8, union)}
 REACHABLE |= CHANGED["other voters"] | CHANGED["another count"]
 LADDER = REACHABLE | OUT_OF_REACH
 # beside PeakVotes
-BESIDE: dict[str, Rung] = OUT_OF_REACH | {"every 4th token votes": (every_4th, bar)}
+BESIDE: dict[str, Rung] = OUT_OF_REACH | {
+    "every 4th token votes": (every_4th, bar),
+    "every 4th, for neighbours": (every_4th, bar_with_neighbours),
+}
 
 
 def kept_by(task: Task, rung: Rung, share: float = 0.25) -> list[Tensor]:
@@ -182,30 +198,28 @@ def climb(tasks: list[Task], rungs: dict[str, Rung]) -> dict[str, list[dict]]:
     return rows
 
 
-def intervals(rows: dict[str, list[dict]]) -> dict[str, tuple[float, float, float]]:
-    """The mean KL of each rung of the ladder, and its 95% interval."""
-    return {rung: bootstrap([row["kl"] for row in rows[rung]]) for rung in LADDER}
-
-
-def factor(rows: list[dict], before: list[dict]) -> str:
-    """By what the KL is multiplied, task by task: the geometric mean, and its 95% interval."""
-    return with_interval(*ratio([row["kl"] for row in rows], [row["kl"] for row in before]))
+def factors(rows: dict[str, list[dict]], rungs: dict[str, Rung], against="") -> dict[str, tuple]:
+    """By what each of these rungs multiplies the KL, task by task: the geometric mean, and its 95% interval.
+    They are compared with one rung, or, if none is given, each with the one before."""
+    before = [against] * len(rungs) if against else ["", *rungs]
+    kls = {name: [row["kl"] for row in of_rung] for name, of_rung in rows.items()}
+    return {name: ratio(kls[name], kls[other]) for name, other in zip(rungs, before, strict=False) if other}
 
 
 def steps(found: dict[str, dict[str, list[dict]]], rungs: dict[str, Rung], against="") -> list[list[str]]:
     """A table with a line for each of these rungs; found: text, needles and padlock -> what `climb` found.
-    Factors compare with one rung, or, if none is given, with the one before."""
+    The first rung has its mean KL, the others their `factors`."""
     lines = [["25% of the keys", "text, times", "needles, times", "found", "padlock", "cost"]]
-    before = against
+    times = [factors(found[kind], rungs, against) for kind in ("text", "needles")]
     for name, (voters, _) in rungs.items():
         text, needles, (padlock,) = (found[kind][name] for kind in ("text", "needles", "padlock"))
-        factors = ["", ""]
-        if before:
-            factors = [factor(found[kind][name], found[kind][before]) for kind in ("text", "needles")]
+        if name in times[0]:
+            cells = [with_interval(*by_name[name]) for by_name in times]
+        else:
+            cells = [f"KL {fmean(row['kl'] for row in rows):.2f}" for rows in (text, needles)]
         answered = f"{sum(row['exact'] for row in needles):.0f} of {len(needles)}"
         cost = "-" if voters in (future, future_8) else f"{median(row['cost'] for row in text):.0%}"
-        lines.append([name, *factors, answered, "right" if padlock["exact"] else "wrong", cost])
-        before = against or name
+        lines.append([name, *cells, answered, "right" if padlock["exact"] else "wrong", cost])
     return lines
 
 

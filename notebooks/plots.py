@@ -19,7 +19,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from model import BLOCK, KVCache, Table
-from stats import print_table
+from stats import print_table, wilson, with_interval
 
 # Okabe and Ito's palette: told apart by colour-blind readers, and in grey
 BLACK, GREY, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -496,36 +496,33 @@ def how_much_is_held(bytes_held: dict[str, list[int]]):
 
 def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth: float):
     """How much of a token's time does it take to read the bytes? seconds and caches: of speed.by_context;
-    bandwidth in bytes per second. The picture shows up to four contexts, the table the longest."""
-    contexts = sorted({n for n, _ in caches})[-4:]
-    bars = [(how, way) for how in ("eager", "compiled") for way in ("full", "GVote")]
-    weights = 1000 * weight_bytes / bandwidth
-    cache = {key: 1000 * each.nbytes / bandwidth for key, each in caches.items()}  # all in ms
-    measured = {key: 1000 * median(times) for key, times in seconds.items()}
-    figure, axes = plt.subplots(1, len(contexts), figsize=(9, 3.8), sharey=True)
-    for axis, n in zip(axes, contexts, strict=True):
-        read = torch.tensor([cache[n, way] for _, way in bars])
-        total, bottom = torch.tensor([measured[n, *bar] for bar in bars]), torch.zeros(4)
-        for heights, color, label in (
-            (torch.full((4,), weights), GREY, "weights: bytes / bandwidth"),
-            (read, BLUE, "cache: bytes / bandwidth"),
-            (total - weights - read, YELLOW, "all else: measured minus these"),
-        ):
-            axis.bar(range(4), heights, bottom=bottom, color=color, label=label)
-            bottom = bottom + heights
-        axis.set_xticks(range(4), [way for _, way in bars], rotation=90, fontsize=12)
-        axis.set_title(f"{n:,} tokens", fontsize=13)
-        for x, how in ((0.5, "eager"), (2.5, "compiled")):
-            axis.text(x, 0.98, how, ha="center", va="top", fontsize=12, transform=axis.get_xaxis_transform())
-    axes[0].set_ylim(0, 1.25 * max(measured.values()))
+    bandwidth in bytes per second. The picture shows all contexts, the table the longest."""
+    contexts = sorted({n for n, _ in caches})
+    limit = {key: 1000 * (weight_bytes + cache.nbytes) / bandwidth for key, cache in caches.items()}
+    measured = {key: 1000 * median(times) for key, times in seconds.items()}  # both in ms
+    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.6), sharey=True)
+    for axis, how in zip(axes, ("eager", "compiled"), strict=True):
+        for way, color in (("full", ORANGE), ("GVote", BLUE)):
+            axis.plot(contexts, [measured[n, how, way] for n in contexts], "o-", color=color)
+            axis.plot(contexts, [limit[n, way] for n in contexts], "o:", color=color, markersize=4)
+        axis.set_title(how, fontsize=13)
+        axis.set(xlabel="tokens in the prompt", xlim=(0, 1.03 * contexts[-1]), ylim=(0, None))
+        axis.set_xticks(contexts[-3:], [f"{n:,}" for n in contexts[-3:]])
     axes[0].set_ylabel("time per token (ms)")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=3, fontsize=12, columnspacing=1)
+    last = contexts[-1]
+    named = (("full cache", "full", ORANGE), ("GVote", "GVote", BLUE))
+    ends = [(measured[last, "compiled", way], name, color) for name, way, color in named]
+    name_lines(
+        axes[1], ends + [(limit[last, way], f"{name}, limit", color) for name, way, color in named], gap=0.09
+    )
     plt.show()
-    lines = [[f"{n:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
-    for how, way in bars:
-        limit, time = weights + cache[n, way], measured[n, how, way]
-        lines.append([f"{way}, {how}", f"{time:.1f}", f"{limit:.1f}", f"{limit / time:.0%}"])
+    lines = [[f"{last:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
+    for how in ("eager", "compiled"):
+        for way in ("full", "GVote"):
+            time = measured[last, how, way]
+            lines.append(
+                [f"{way}, {how}", f"{time:.1f}", f"{limit[last, way]:.1f}", f"{limit[last, way] / time:.0%}"]
+            )
     print_table(lines)
 
 
@@ -609,22 +606,31 @@ def more_than_chance(panels: dict[str, list[tuple]], xlabel: str):
 # Notebook 5: who votes
 
 
-def which_rung_helps(panels: dict[str, dict[str, tuple]], changed: dict[str, dict]):
-    """Which change brings GVote closer to the full cache? panels: title -> name of each rung -> mean KL and
-    its 95% interval; changed: what was changed -> the rungs, by name, where it was."""
-    colors = dict(zip(changed, (BLUE, ORANGE, GREY), strict=True))
+def which_rung_helps(panels: dict[str, list[dict[str, tuple]]], changed: dict[str, dict]):
+    """Which change brings GVote closer to the full cache? panels: title -> blocks of rungs: by name what a
+    rung multiplies the KL by, and the 95% interval. changed: what was changed -> the rungs, by name, where it
+    was."""
+    colors = dict(zip(changed, (BLUE, ORANGE, GREEN), strict=True))
     color = {rung: colors[what] for what, rungs in changed.items() for rung in rungs}
-    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 6), sharey=True)
-    for axis, (title, rungs) in zip(axes, panels.items(), strict=True):
-        for y, (rung, (mean, low, high)) in enumerate(rungs.items()):
-            ends = (max(low, mean / 8), high)  # a log axis has no 0
-            axis.plot(ends, (y, y), color=color.get(rung, BLACK), linewidth=2)
-            axis.plot(mean, y, "o", color=color.get(rung, BLACK), markersize=8)
-        axis.set(title=title, xscale="log", xlabel="KL (nats per token)")
-        axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 6), sharex=True, sharey=True)
+    for axis, (title, blocks) in zip(axes, panels.items(), strict=True):
+        lines = [line for block in blocks for line in block.items()]
+        for y, (rung, (factor, low, high)) in enumerate(lines):
+            # an interval that holds 1 shows no difference
+            face = "white" if low <= 1 <= high else color.get(rung, BLACK)
+            axis.plot([low, high], [y, y], color=color.get(rung, BLACK), linewidth=2)
+            axis.plot(factor, y, "o", color=color.get(rung, BLACK), markerfacecolor=face, markersize=8)
+        axis.axvline(1, color=BLACK, linewidth=0.8, zorder=0)
+        axis.axhline(len(blocks[0]) - 0.5, color=GREY, linewidth=1)
+        axis.set(title=title, xscale="log", ylim=(len(lines) - 0.5, -0.5))
+        axis.set_yticks(range(len(lines)), [rung for rung, _ in lines])
+        axis.set_xticks([0.1, 1, 10, 100], ["\u00d7 0.1", "\u00d7 1", "\u00d7 10", "\u00d7 100"])
         axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("times the KL of the rung before (below the line: of one bar)", fontsize=12)
     handles = [plt.Line2D([], [], marker="o", linewidth=2, color=c, label=what) for what, c in colors.items()]
-    figure.legend(handles=handles, ncols=3, loc="outside upper center", fontsize=12)
+    style = {"marker": "o", "color": BLACK, "markerfacecolor": "white"}
+    handles.append(plt.Line2D([], [], label="no difference shown", **style))
+    figure.legend(handles=handles, ncols=2, loc="outside upper center", fontsize=12)
     plt.show()
 
 
@@ -636,7 +642,7 @@ def which_heads_carry_the_code(falls: list[float], named: dict[int, str]):
     for head, name in named.items():
         if falls[head] > 0.2:
             axis.text(head, falls[head], name, color=RED, ha="center", va="bottom")
-    axis.set(xlabel="layer (three KV heads each)", ylabel="KL falls by\n(nats per token)")
+    axis.set(xlabel="layer (three heads each)", ylabel="KL falls by\n(nats per token)")
     axis.set_xticks(range(1, len(falls), 15), range(0, len(falls) // 3, 5))
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (RED, GREY)]
     axis.legend(handles, ["one of the nine heads", "another head"], loc="upper left")
@@ -656,5 +662,26 @@ def who_asks_for_the_code(heads: dict[str, dict[str, Tensor]], words: list[str],
             axis.axvline(edge, color=ORANGE, linewidth=2)
     names = [word.replace("\n", "\\n").strip(" ") or "␣" for word in words]
     axes[-1].set_xticks(range(len(words)), names, rotation=90)
-    figure.colorbar(image, ax=axes, label="strongest vote (% of a query's attention)")
+    bar = figure.colorbar(image, ax=axes, label="strongest vote (share of a query's attention)")
+    bar.set_ticks([0.1, 1, 10, 100], labels=["0.1%", "1%", "10%", "100%"])
+    bar.minorticks_off()
     plt.show()
+
+
+# Notebook 6: any model
+
+
+def which_policies_solve_it(rows: list[dict]):
+    """Which policies still solve a benchmark's tasks? rows: of results/benchmarks.jsonl. Prints mean scores,
+    their 95% intervals, and the shares of the keys kept."""
+    plain = {"full": "full cache", "gvote": "GVote", "gvote_current_query": "GVote, paper's rule"}
+    plain["peak_votes"] = "PeakVotes"
+    table = {}
+    for row in rows:
+        ((score, _),) = row["scores"].values()
+        name = plain.get(row["policy"], row["policy"].replace("Press:", ", told "))
+        task = f"{row['task']}, {row['length']:,} tokens, {row['n']} prompts"
+        scored = with_interval(score, *wilson(score, row["n"]), ".2f")
+        table.setdefault(name, {})[task] = f"{scored}, {row['kept']:.0%}"
+    header = ["score (95% interval), keys kept", *table["full cache"]]
+    print_table([header, *([name, *cells.values()] for name, cells in table.items())])

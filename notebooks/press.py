@@ -30,6 +30,21 @@ def queries(module, hidden, positions):
     return q * (module.scaling * q.size(-1) ** 0.5)
 
 
+def hide(policy, module, hidden, keys, values):
+    """Hides what a policy drops of a layer's keys (B, H_kv, T, D) from later queries. Returns its share."""
+
+    def layer_queries(hidden, positions):
+        return queries(module, hidden.to(keys.dtype), positions)
+
+    attn = SimpleNamespace(layer=module.layer_idx, queries=layer_queries)
+    # a policy may make its mask and its positions on the CPU, as in model.py
+    keep = policy(attn, hidden, keys, values).to(keys.device)
+    drop = torch.ones_like(keys[..., 0], dtype=torch.bool).masked_fill(keep, 0)
+    # kvpress gives these keys no attention
+    module.masked_key_indices = drop.nonzero(as_tuple=True)
+    return drop.float().mean().item()
+
+
 @dataclass
 class PolicyPress(kvpress.BasePress):
     """`with PolicyPress(GVote())(model): model(ids, past_key_values=cache)` masks in cache what the policy
@@ -83,14 +98,5 @@ class PolicyPress(kvpress.BasePress):
         if padded or (position != index).any():
             needed = "one length, without padding, and positions from 0 on"
             raise ValueError(f"the prompts of a batch need {needed}")
-
-        def of_this_module(hidden, positions):
-            return queries(module, hidden.to(keys.dtype), positions)
-
-        attn = SimpleNamespace(layer=module.layer_idx, queries=of_this_module)
-        drop = torch.ones_like(keys[..., 0], dtype=torch.bool)
-        # a policy may make its mask and its positions on the CPU, as in model.py
-        drop = drop.masked_fill(self.policy(attn, hidden, keys, values).to(keys.device), 0)
-        self.dropped[module.layer_idx] = drop.float().mean().item()
-        module.masked_key_indices = drop.nonzero(as_tuple=True)
+        self.dropped[module.layer_idx] = hide(self.policy, module, hidden, keys, values)
         return keys, values

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import median
@@ -30,6 +29,7 @@ from torch import Tensor
 from generate import checkpoint_folder, compiled_call, default_device, default_dtype, encode
 from gvote import GVote, PeakVotes, Policy
 from model import KVCache, Llama, keep_all
+from stats import print_table
 
 DEVICE = default_device()
 DTYPE = default_dtype(DEVICE)
@@ -119,7 +119,7 @@ def one_token(model: Llama, cache: KVCache, call=EAGER):
     return step
 
 
-def hugging_face(ids: Tensor, press=None):
+def hugging_face(ids: Tensor):
     """transformers' model, and a step that decodes one token after ids with its default cache."""
     from transformers import DynamicCache, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -127,8 +127,7 @@ def hugging_face(ids: Tensor, press=None):
     disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(checkpoint_folder(), dtype=DTYPE, attn_implementation="sdpa")
     model, cache = model.to(DEVICE).eval().requires_grad_(False), DynamicCache()
-    with press(model) if press else nullcontext():
-        model(ids, past_key_values=cache, logits_to_keep=1)
+    model(ids, past_key_values=cache, logits_to_keep=1)
     n_rows, token = cache.get_seq_length(), ids[:, :1]
 
     def step():
@@ -202,18 +201,17 @@ def by_context(model: Llama, ids: Tensor, contexts: list[int], n_repeats: int = 
     runs = [(n, how, way) for how in calls for n, way in caches]
     steps = {(n, how, way): one_token(model, caches[n, way], calls[how]) for n, how, way in runs}
     seconds = dict(zip(steps, race(n_repeats, *steps.values()), strict=True))
-    print("        GVote    its share of                one token:")
-    print("tokens  keeps    the prefill                 full      GVote   times as fast (range)")
+    lines = [["tokens", "kept", "choosing"]]
+    lines[0] += [f"{how}: full, GVote, times as fast (range)" for how in calls]
     for n in contexts:
-        for how in calls:
-            share = f"{caches[n, 'GVote'].usage:7.0%}{shares[n]:13.1%}" if how == "eager" else " " * 20
-            slow, fast = seconds[n, how, "full"], seconds[n, how, "GVote"]
-            print(f"{n:6}{share}   {how:>9}{times_as_fast(slow, fast)}", flush=True)
+        times = [times_as_fast(seconds[n, how, "full"], seconds[n, how, "GVote"]) for how in calls]
+        lines.append([f"{n:,}", f"{caches[n, 'GVote'].usage:.0%}", f"{shares[n]:.1%}", *times])
+    print_table(lines)
     return seconds, caches
 
 
 def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
-    """Our decoding and prefill against transformers' and kvpress'. Prints a table."""
+    """Our decoding and prefill against transformers', one prompt against eight. Prints a table."""
     with tempfile.TemporaryDirectory() as folder:
         # the compiler's cache is empty, and then it is what the first process left
         variables = {"TORCHINDUCTOR_CACHE_DIR": folder}
@@ -235,27 +233,21 @@ def side_by_side(model: Llama, ids: Tensor, n: int = 4096, n_repeats: int = 11):
         seconds = race(n_repeats, *(one_token(model, cache, call) for cache in caches))
         print_line(f"{n} tokens, 8 prompts{name}: full, GVote ({caches[1].usage:.0%} kept)", *seconds)
     del caches
-    from kvpress import AdaKVPress, ExpectedAttentionPress
+    runs = {"GVote": [], "PeakVotes": []}
 
-    _, step = hugging_face(ids[:, :n], AdaKVPress(ExpectedAttentionPress(0.5)))
-    gvote = one_token(model, filled_cache(model, ids[:, :n], GVote()))
-    masked, full, ours = race(n_repeats, step, their_token, gvote)
-    print_line(f"{n} tokens: kvpress' AdaKV (50% masked), ours with GVote", masked, ours)
-    print_line(f"{n} tokens: transformers' full cache, ours with GVote", full, ours)
+    def prefill(name: str, policy: Policy):
+        runs[name].append(Timed(policy))
+        model(ids[:, :n], KVCache(model.config), runs[name][-1])
 
-    timed = []
-
-    def prefill():
-        timed.append(Timed(GVote()))
-        model(ids[:, :n], KVCache(model.config), timed[-1])
-
-    seconds = race(min(n_repeats, 3), lambda: theirs(ids[:, :n], logits_to_keep=1), prefill, n_warm=1)
-    print_line(f"{n} tokens, prefill: transformers, ours with GVote", *seconds)
-    shares = [gvote.seconds / total for gvote, total in zip(timed[1:], seconds[1], strict=True)]
-    print(f"GVote's share of its prefill: {median(shares):.1%} ({min(shares):.1%}–{max(shares):.1%})")
-    timed, start = Timed(PeakVotes()), now()
-    model(ids[:, :n], KVCache(model.config), timed)
-    print(f"PeakVotes' share of its prefill: {timed.seconds / (now() - start):.1%}")
+    ours = (lambda: prefill("GVote", GVote()), lambda: prefill("PeakVotes", PeakVotes()))
+    rounds = min(n_repeats, 3)
+    slow, *seconds = race(rounds, lambda: theirs(ids[:, :n], logits_to_keep=1), *ours, n_warm=1)
+    print_line(f"{n} tokens, prefill: transformers, ours with GVote", slow, seconds[0])
+    for name, times in zip(runs, seconds, strict=True):
+        shares = [timed.seconds / total for timed, total in zip(runs[name][1:], times, strict=True)]
+        low, high = min(shares), max(shares)
+        share = f"{median(shares):.0%} of a prefill of {n} tokens ({low:.0%}–{high:.0%})"
+        print(f"{name}: choosing the keys takes {share}")
 
 
 # How much memory does a cache take while a prompt is read?

@@ -34,3 +34,23 @@ def test_a_note_is_given_back_to_some_heads(llama, tokenizer):
     assert back.any(dim=-1).nonzero().tolist() == [[1, 0], [29, 2]]
     kept = task.prompt[0, back[1, 0]].tolist()
     assert re.search(r"number for \w+ is \d{7}\.$", tokenizer.decode(kept))
+
+
+def test_a_vote_also_counts_for_neighbours():
+    votes = torch.full((1, 1, 2, 60), 0.01)
+    votes[..., 1, 30] = 0.5
+    strength = 1 - ladder.bar_with_neighbours(votes)[0, 0]
+    expected = torch.full((60,), 0.01)
+    expected[30 - 16 : 30 + 17] = 0.05
+    expected[30] = 0.5
+    torch.testing.assert_close(strength, expected)
+
+
+def test_factors_compare_with_the_rung_before_or_with_one():
+    kls = {"a": (8.0, 2.0), "b": (4.0, 1.0), "c": (1.0, 1.0)}
+    rows = {name: [{"kl": kl} for kl in values] for name, values in kls.items()}
+    assert ladder.factors(rows, kls) == {
+        "b": pytest.approx((0.5, 0.5, 0.5)),
+        "c": pytest.approx((0.5, 0.25, 1.0)),
+    }
+    assert ladder.factors(rows, kls, against="b")["a"] == pytest.approx((2.0, 2.0, 2.0))

@@ -83,3 +83,37 @@ def test_a_block_is_read_by_each_head_with_rows_in_it(capsys):
     _, first, second = capsys.readouterr().out.splitlines()
     assert first == f"    0  {'0' * 30}n.  read by head 0"
     assert second == f"    1  ..n...22222n{'.' * 20}  read by head 1, 2"
+
+
+def test_a_rung_has_a_line_with_its_interval_in_each_panel(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    blocks = [{"one": (0.5, 0.4, 0.6), "two": (0.9, 0.7, 1.2)}, {"three": (3.0, 2.0, 5.0)}]
+    changed = {"voters": {"one": None}, "count": {"two": None}, "none": {}}
+    plots.which_rung_helps({"text": blocks, "needles": blocks}, changed)
+    for axis in plt.gcf().axes:
+        lines = [
+            (list(line.get_xdata()), line.get_ydata()[0]) for line in axis.lines if len(line.get_xdata()) == 2
+        ]
+        for y, (_, low, high) in enumerate((blocks[0] | blocks[1]).values()):
+            assert ([low, high], y) in lines
+        # white where the interval holds 1
+        assert [line.get_markerfacecolor() == "white" for line in axis.lines if line.get_marker() == "o"] == [
+            False,
+            True,
+            False,
+        ]
+    plt.close("all")
+
+
+def test_a_policy_is_a_line_and_a_task_a_column(capsys):
+    row = {"task": "words", "length": 2048, "n": 10, "kept": 1.0, "policy": "full", "scores": {"x": [0.5, 0]}}
+    rows = [row, row | {"task": "numbers"}]
+    rows += [each | {"policy": "SnapKVPress:0.25", "kept": 0.25} for each in rows]
+    plots.which_policies_solve_it(rows)
+    header, full, told = capsys.readouterr().out.strip().splitlines()
+    assert header.split("   ")[-2:] == [
+        "words, 2,048 tokens, 10 prompts",
+        "numbers, 2,048 tokens, 10 prompts",
+    ]
+    assert full.startswith("full cache") and full.count("0.50 (0.24–0.76), 100%") == 2
+    assert told.startswith("SnapKV, told 0.25") and told.count("0.50 (0.24–0.76), 25%") == 2
