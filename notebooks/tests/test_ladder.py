@@ -41,7 +41,7 @@ def test_a_vote_also_counts_for_neighbours():
     votes[..., 1, 30] = 0.5
     strength = 1 - ladder.bar_with_neighbours(votes)[0, 0]
     expected = torch.full((60,), 0.01)
-    expected[30 - 16 : 30 + 17] = 0.05
+    expected[30 - 3 : 30 + 4] = 0.05
     expected[30] = 0.5
     torch.testing.assert_close(strength, expected)
 
