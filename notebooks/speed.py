@@ -36,6 +36,7 @@ DTYPE = default_dtype(DEVICE)
 EAGER = None
 CONTEXTS = [512, 1024, 2048, 4096, 8192 - 64]
 WAYS = ("full cache", "GVote, layer by layer", "GVote, after the last layer")
+MORE_WAYS = (*WAYS, "PeakVotes, layer by layer")
 
 
 def model_and_prompts() -> tuple[Llama, Tensor, Tensor]:
@@ -291,7 +292,8 @@ def growth(way: str) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     cache = KVCache(model.config, max_new_tokens=0)
-    model(prompt, cache, dict(zip(WAYS, (None, GVote(), compress_later), strict=True))[way])
+    policies = (None, GVote(), compress_later, PeakVotes())
+    model(prompt, cache, dict(zip(MORE_WAYS, policies, strict=True))[way])
     for layer in full:
         cache.fill(*layer)
     return resident("VmHWM") - before
@@ -301,7 +303,7 @@ def fresh_processes(n_runs: int) -> Iterator[str]:
     """A line for each way to read the running example: by how much a fresh process grows, over n runs."""
     # glibc keeps freed memory for later: so told, it returns it at once, and a peak counts what is in use
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    for way in WAYS:
+    for way in MORE_WAYS:
         try:
             peaks = [in_fresh_process(f"growth({way!r})", **at_once) / 2**20 for _ in range(n_runs)]
         except OSError as error:
