@@ -221,8 +221,10 @@ def count(rows: list[dict], interval: bool = True) -> str:
 
 def kl_ratio(rows: list[dict], policy: str, reference: str, *of) -> tuple[float, float, float]:
     """By what is a KL multiplied if the policy takes the place of the reference? Prompt by prompt: the
-    geometric mean, and its 95% interval."""
-    return stats.ratio(*([row["kl"] for row in select(rows, name, *of)] for name in (policy, reference)))
+    geometric mean, and its 95% interval, of the prompts on which both were measured."""
+    kls = [{row["prompt"]: row["kl"] for row in select(rows, name, *of)} for name in (policy, reference)]
+    both = [prompt for prompt in kls[0] if prompt in kls[1]]
+    return stats.ratio(*([of_one[prompt] for prompt in both] for of_one in kls))
 
 
 def cost(rows: list[dict]) -> float:

@@ -568,6 +568,7 @@ def what_do_kept_keys_buy(lines: dict[str, list[tuple]], rules: dict[str, tuple]
             style = {"color": colors[rule], "markersize": 16, "markeredgecolor": BLACK}
             axis.plot(point[0], mean, "*", zorder=3, **style)
             above = {"xytext": (0, 10), "textcoords": "offset points", "ha": "center", "color": colors[rule]}
+            above["bbox"] = {"color": "white", "alpha": 0.8, "pad": 1}
             axis.annotate(rule.removeprefix("GVote, "), (point[0], high), fontsize=11, **above)
         axis.set(xlabel="keys kept (%)", xlim=(10, 78))
     axes[0].set(yscale="log")
