@@ -152,6 +152,14 @@ def test_first_look_at_the_committed_page(tmp_path):
             browser.send("Input.dispatchKeyEvent", type="keyDown", key=key)
             assert (browser.run("spans[state.token].offsetTop") > here) == below
         assert browser.run("spans[state.token].offsetTop") == here
+        browser.run("cells.at(-1).scrollIntoView(); cells.at(-1).click()")
+        assert browser.seen("#scopes") and browser.seen("#text")
+        browser.run("window.scrollTo(0, 0); spans[state.token + 1].click()")
+        assert browser.seen(".chosen")
+        assert browser.run(f"document.querySelector('#details').getBoundingClientRect().bottom <= {top}.top")
+        for top_p, text in ((0.9, "with the default settings"), (1, "With all keys the model answers")):
+            browser.choose("per_sample", top_p=top_p)
+            assert text in browser.run("document.getElementById('result').textContent")
     finally:
         browser.close()
 
