@@ -189,7 +189,7 @@ class PeakVotes:
         step = math.ceil(n_tokens / N_VOTERS)
         voters = hidden[:, (n_tokens - 1) % step :: step]
         peak = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
-        # voters at once: their votes take 1 MiB a query head, more are slower on a CPU
+        # some voters at a time: their votes take 1 MiB a query head, and more would be slower on a CPU
         for some in voters.split(max(1, 2**18 // n_tokens), dim=1):
             queries = attn.queries(some, torch.full((some.size(1),), n_tokens, device=keys.device))
             peak = peak.maximum(attention(queries, keys).amax(dim=2))

@@ -154,12 +154,16 @@ CHANGED: dict[str, dict[str, Rung]] = {
         "one nucleus a layer": (every_token, layer_nucleus),
         PEAK_VOTES: (every_token, bar),
     },
-    # compared with PeakVotes
+    # these and the next are compared with PeakVotes
     "voters out of reach": {
         "second reading (KVzip)": (read_twice, bar),
         "true future: oracle": (future, bar),
         "oracle, GVote's union": (future, union),
         "8 of the true future": (future_8, union),
+    },
+    "fewer voters": {
+        "every 4th token votes": (every_4th, bar),
+        "every 4th, for neighbours": (every_4th, bar_with_neighbours),
     },
 }
 OUT_OF_REACH = CHANGED["voters out of reach"]
@@ -167,10 +171,7 @@ REACHABLE: dict[str, Rung] = {"GVote": (samples_8, union)}
 REACHABLE |= CHANGED["other voters"] | CHANGED["another count"]
 LADDER = REACHABLE | OUT_OF_REACH
 # beside PeakVotes
-BESIDE: dict[str, Rung] = OUT_OF_REACH | {
-    "every 4th token votes": (every_4th, bar),
-    "every 4th, for neighbours": (every_4th, bar_with_neighbours),
-}
+BESIDE = OUT_OF_REACH | CHANGED["fewer voters"]
 
 
 def kept_by(task: Task, rung: Rung, share: float = 0.25) -> list[Tensor]:

@@ -516,12 +516,12 @@ def how_near_the_limit(seconds: dict, caches: dict, weight_bytes: int, bandwidth
         axes[1], ends + [(limit[last, way], f"{name}, limit", color) for name, way, color in named], gap=0.09
     )
     plt.show()
-    lines = [[f"{last:,} tokens, ms per token", "measured", "limit", "limit / measured"]]
+    lines = [[f"{last:,} tokens, ms per token", "measured", "limit", "measured / limit"]]
     for how in ("eager", "compiled"):
         for way in ("full", "GVote"):
             time = measured[last, how, way]
             lines.append(
-                [f"{way}, {how}", f"{time:.1f}", f"{limit[last, way]:.1f}", f"{limit[last, way] / time:.0%}"]
+                [f"{way}, {how}", f"{time:.1f}", f"{limit[last, way]:.1f}", f"{time / limit[last, way]:.1f}"]
             )
     print_table(lines)
 
@@ -555,12 +555,12 @@ def what_do_kept_keys_buy(lines: dict[str, list[tuple]], rules: dict[str, tuple]
     own, but of KL and numbers found also both ends of the interval."""
     colors = {"GVote": BLUE, "GVote, paper's rule": SKY, "PeakVotes": RED, "KVzip": PINK, "H2O": ORANGE}
     colors |= {"SnapKV": GREEN, "AdaKV": GREEN, "KeyDiff": GREY, "random": GREY}
-    styles = {"AdaKV": "--", "random": ":", "StreamingLLM": "--"}
+    dashes = {"AdaKV": "dashed", "StreamingLLM": "dashed", "random": "dotted"}
     figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.4), sharex=True, width_ratios=(1, 0.8))
     for panel, axis in enumerate(axes, start=1):
         for method, points in lines.items():
             shares, heights = [point[0] for point in points], [point[panel] for point in points]
-            style = {"color": colors.get(method, BLACK), "linestyle": styles.get(method, "-")}
+            style = {"color": colors.get(method, BLACK), "linestyle": dashes.get(method, "solid")}
             axis.plot(shares, heights, marker="o", markersize=3.5, linewidth=1.4, **style)
         for rule, point in rules.items():
             mean, low, high = point[panel]
@@ -577,7 +577,8 @@ def what_do_kept_keys_buy(lines: dict[str, list[tuple]], rules: dict[str, tuple]
     plain_log(axes[0].yaxis, math.ceil(math.log10(low)), math.floor(math.log10(high)))
     axes[0].set_title("KL on text and code (nats per token)", fontsize=13)
     axes[1].set_title("numbers found (%)", fontsize=13)
-    ends = [(points[-1][1], method, colors.get(method, BLACK)) for method, points in lines.items()]
+    named = {method: f"{method} ({dashes[method]})" if method in dashes else method for method in lines}
+    ends = [(lines[method][-1][1], name, colors.get(method, BLACK)) for method, name in named.items()]
     name_lines(axes[0], ends, gap=0.075)
     plt.show()
     return figure
@@ -611,16 +612,16 @@ def which_rung_helps(panels: dict[str, list[dict[str, tuple]]], changed: dict[st
     """Which change brings GVote closer to the full cache? panels: title -> blocks of rungs: by name what a
     rung multiplies the KL by, and the 95% interval. changed: what was changed -> the rungs, by name, where it
     was."""
-    colors = dict(zip(changed, (BLUE, ORANGE, GREEN), strict=True))
+    colors = dict(zip(changed, (BLUE, ORANGE, GREEN, BLACK), strict=True))
     color = {rung: colors[what] for what, rungs in changed.items() for rung in rungs}
     figure, axes = plt.subplots(1, len(panels), figsize=(9.2, 6), sharex=True, sharey=True)
     for axis, (title, blocks) in zip(axes, panels.items(), strict=True):
         lines = [line for block in blocks for line in block.items()]
         for y, (rung, (factor, low, high)) in enumerate(lines):
             # an interval that holds 1 shows no difference
-            face = "white" if low <= 1 <= high else color.get(rung, BLACK)
-            axis.plot([low, high], [y, y], color=color.get(rung, BLACK), linewidth=2)
-            axis.plot(factor, y, "o", color=color.get(rung, BLACK), markerfacecolor=face, markersize=8)
+            face = "white" if low <= 1 <= high else color[rung]
+            axis.plot([low, high], [y, y], color=color[rung], linewidth=2)
+            axis.plot(factor, y, "o", color=color[rung], markerfacecolor=face, markersize=8)
         axis.axvline(1, color=BLACK, linewidth=0.8, zorder=0)
         axis.axhline(len(blocks[0]) - 0.5, color=GREY, linewidth=1)
         axis.set(title=title, xscale="log", ylim=(len(lines) - 0.5, -0.5))
@@ -629,9 +630,9 @@ def which_rung_helps(panels: dict[str, list[dict[str, tuple]]], changed: dict[st
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel("times the KL of the rung before (below the line: of one bar)", fontsize=12)
     handles = [plt.Line2D([], [], marker="o", linewidth=2, color=c, label=what) for what, c in colors.items()]
-    style = {"marker": "o", "color": BLACK, "markerfacecolor": "white"}
-    handles.append(plt.Line2D([], [], label="no difference shown", **style))
-    figure.legend(handles=handles, ncols=2, loc="outside upper center", fontsize=12)
+    style = {"marker": "o", "color": BLACK, "markerfacecolor": "white", "linewidth": 0}
+    handles.append(plt.Line2D([], [], label="hollow: no difference shown", **style))
+    figure.legend(handles=handles, ncols=3, loc="outside upper center", fontsize=12)
     plt.show()
 
 

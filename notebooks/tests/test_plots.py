@@ -88,7 +88,7 @@ def test_a_block_is_read_by_each_head_with_rows_in_it(capsys):
 def test_a_rung_has_a_line_with_its_interval_in_each_panel(monkeypatch):
     monkeypatch.setattr(plt, "show", lambda: None)
     blocks = [{"one": (0.5, 0.4, 0.6), "two": (0.9, 0.7, 1.2)}, {"three": (3.0, 2.0, 5.0)}]
-    changed = {"voters": {"one": None}, "count": {"two": None}, "none": {}}
+    changed = {"voters": {"one": None}, "count": {"two": None}, "reach": {"three": None}, "fewer": {}}
     plots.which_rung_helps({"text": blocks, "needles": blocks}, changed)
     for axis in plt.gcf().axes:
         lines = [
