@@ -236,16 +236,16 @@ def padlock(model: Llama, tokenizer, prompt: Tensor) -> Task:
     return task
 
 
-def tasks_of(model: Llama, tokenizer, kind: str, n: int, n_prompt=512, n_chars=1600) -> list[Task]:
-    """The first n pages of prose or modules of code, cut after n_prompt tokens, or the first n needles that
-    the full cache answers, in n_chars of text."""
+def tasks_of(model: Llama, tokenizer, kind: str, n: int, n_chars=1600) -> list[Task]:
+    """The first n pages of prose or modules of code, cut after 512 tokens, or the first n needles that the
+    full cache answers, in n_chars of text."""
     if kind == "needle":
         found = (recall(model, tokenizer, needle(i, n_chars), question_after=True) for i in range(100))
         solved = (task for task in found if task.exact(task.full))
         tasks = [next(solved) for _ in range(n)]
     else:
         texts = list((prose() if kind == "prose" else code()).values())[:n]
-        tasks = [continuation(model, tokenizer, text, n_prompt, n_prompt // 8) for text in texts]
+        tasks = [continuation(model, tokenizer, text, n_prompt=512, n_next=64) for text in texts]
     for number, task in enumerate(tasks):
         task.tokenizer, task.seed = tokenizer, 100 * ("prose", "code", "needle").index(kind) + number
     return tasks
