@@ -45,9 +45,10 @@ def with_interval(mean: float, low: float, high: float, spec: str = "", unit: st
 
 
 def tally(right: Sequence[float]) -> str:
-    """How many answers are right (1, else 0), and the 95% interval of the share: "11 of 12 (65–99%)"."""
+    """How many answers are right (1, else 0; a mean over seeds lies between), and the 95% interval of the
+    share: "11 of 12 (65–99%)"."""
     low, high = wilson(fmean(right), len(right))
-    return f"{sum(right):.0f} of {len(right)} ({100 * low:.0f}–{high:.0%})"
+    return f"{round(sum(right), 1):g} of {len(right)} ({100 * low:.0f}–{high:.0%})"
 
 
 def print_table(rows: list[list[str]]):
