@@ -215,8 +215,7 @@ def mean(rows: list[dict], figure: str) -> float:
 
 def count(rows: list[dict], interval: bool = True) -> str:
     """How many numbers were found, and the 95% interval of the share."""
-    right = [row["found"] for row in rows]
-    return stats.tally(right) if interval else f"{round(sum(right), 1):g} of {len(right)}"
+    return stats.tally([row["found"] for row in rows], interval)
 
 
 def kl_ratio(rows: list[dict], policy: str, reference: str, *of) -> tuple[float, float, float]:

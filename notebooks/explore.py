@@ -77,7 +77,7 @@ def make_page(model: Llama, tokenizer, text: str, stop: list[int], name=generate
     data = {
         "model": name, "options": options, "config": vars(model.config), "new_tokens": NEW_TOKENS,
         "top_p": TOP_P, "bar": BARS, "n_samples": N_SAMPLES, "defaults": DEFAULTS, "words": words,
-        "bar_here": PeakVotes().bar_for(len(words)) / PeakVotes.bar,
+        "bar_scale": PeakVotes().bar_for(len(words)) / PeakVotes.bar,
         "note": note, "digits": digits, "answers": tokenizer.batch_decode(answers, skip_special_tokens=True),
         "readers": readers, "looked_at": looked_at, "block": BLOCK,
         "arrays": base64.b64encode(packed).decode(),

@@ -245,7 +245,7 @@ def tasks_of(model: Llama, tokenizer, kind: str, n: int, n_chars=1600) -> list[T
         tasks = [next(solved) for _ in range(n)]
     else:
         texts = list((prose() if kind == "prose" else code()).values())[:n]
-        tasks = [continuation(model, tokenizer, text, n_prompt=512, n_next=64) for text in texts]
+        tasks = [continuation(model, tokenizer, text, n_prompt=512) for text in texts]
     for number, task in enumerate(tasks):
         task.tokenizer, task.seed = tokenizer, 100 * ("prose", "code", "needle").index(kind) + number
     return tasks

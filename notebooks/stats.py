@@ -44,11 +44,11 @@ def with_interval(mean: float, low: float, high: float, spec: str = "", unit: st
     return f"{mean}{unit} ({low}–{high})"
 
 
-def tally(right: Sequence[float]) -> str:
+def tally(right: Sequence[float], interval: bool = True) -> str:
     """How many answers are right (1, else 0; a mean over seeds lies between), and the 95% interval of the
     share: "11 of 12 (65–99%)"."""
     low, high = wilson(fmean(right), len(right))
-    return f"{round(sum(right), 1):g} of {len(right)} ({100 * low:.0f}–{high:.0%})"
+    return f"{round(sum(right), 1):g} of {len(right)}" + f" ({100 * low:.0f}–{high:.0%})" * interval
 
 
 def print_table(rows: list[list[str]]):

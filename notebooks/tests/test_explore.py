@@ -157,7 +157,8 @@ def test_first_look_at_the_committed_page(tmp_path):
         browser.run("window.scrollTo(0, 0); spans[state.token + 1].click()")
         assert browser.seen(".chosen")
         assert browser.run(f"document.querySelector('#details').getBoundingClientRect().bottom <= {top}.top")
-        for top_p, text in ((0.9, "with these settings"), (1, "With all keys the model answers")):
+        command = "For the answer with these settings, run python generate.py --policy gvote:0.9"
+        for top_p, text in ((0.9, command), (1, "With all keys the model answers")):
             browser.choose("per_sample", top_p=top_p)
             assert text in browser.run("document.getElementById('result').textContent")
     finally:
